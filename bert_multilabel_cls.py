@@ -1,0 +1,340 @@
+"""The network, the encoder that it starts from, and the folder of a trained model.
+
+An encoder (config.json, tokenizer, weights) is looked for by name: a local folder, the local
+cache of the hub, the hub. Where the shipped one cannot be had, `train.py` builds a small BERT
+from scratch here. A trained model is a folder that needs nothing else to predict:
+
+    model/multi_label_cls.pth     state dict, keys bert.* and fc.*
+    model/config.json             the encoder's sizes, the labels
+    model/tokenizer*.json         the tokenizer
+"""
+import copy
+import os
+import re
+import tempfile
+import threading
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from huggingface_hub import HfApi, constants, snapshot_download
+from transformers import AddedToken, BertConfig, BertModel, BertTokenizer
+from transformers.utils import logging as transformers_logging
+
+from data_preprocess import InputError, load_label2idx, whole_file
+
+shipped_model = "bert-base-chinese"  # leave as it is: without a network only this one is replaced, by a small BERT
+pretrained_model = shipped_model  # any BERT: a Hugging Face id, or a folder written by save_pretrained
+hub_seconds = 8  # how long the hub may take to answer before it counts as out of reach
+
+# The small BERT from scratch.
+scratch_config = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
+scratch_pieces = 4000  # at most this many pieces of 2 to 4 Chinese characters, and as many words of other scripts
+scratch_min_count = 4  # a piece or word stands at least this often in the training texts
+scratch_window = 5  # tokens at most this far apart count as neighbours
+scratch_texts = 20_000  # vocabulary and neighbours are counted on about this many texts
+chinese = "[\u3400-\u9fff]"  # a Chinese character, as a regular expression
+
+
+class BertMultiLabelCls(nn.Module):
+    """BERT, then dropout, a linear layer and a sigmoid: one probability for each label.
+
+    hidden_size: the encoder's; None takes it from the encoder. class_num: C, the number of labels.
+    bert: a BertModel to use; without it, `pretrained_model` is loaded.
+    Raises InputError if hidden_size is not the encoder's, or if the encoder cannot be had.
+    """
+
+    def __init__(self, hidden_size, class_num, dropout=0.1, bert=None):
+        super().__init__()
+        bert = load_pretrained(BertModel, pretrained_model) if bert is None else bert
+        if hidden_size not in (None, bert.config.hidden_size):
+            raise InputError(f"hidden_size = {hidden_size}, but the encoder has {bert.config.hidden_size}")
+        self.fc = nn.Linear(bert.config.hidden_size, class_num)
+        self.drop = nn.Dropout(dropout)
+        self.bert = bert
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        """Return probabilities (B, C), float32, from three integer tensors (B, T).
+
+        They are probabilities, not logits: the loss is BCELoss, not BCEWithLogitsLoss.
+        """
+        pooled = self.bert(input_ids, attention_mask, token_type_ids)[1]
+        with torch.autocast(pooled.device.type, enabled=False):  # BCELoss needs float32 probabilities
+            return torch.sigmoid(self.fc(self.drop(pooled.float())))
+
+
+@contextmanager
+def without_bars():
+    """Hold back the progress bars that transformers draws around loading and saving, which take no time here."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@without_bars()
+def load_pretrained(part, name):
+    """Return `part.from_pretrained` of an encoder; `part` is BertModel (given in float32), BertTokenizer or BertConfig.
+
+    Raises InputError, within `hub_seconds` if there is no network, if it cannot be had.
+    """
+    folder, tried = find_encoder(name)
+    try:
+        # Left to itself without a network, from_pretrained retries for minutes.
+        loaded = part.from_pretrained(folder) if folder else part.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(tried or f"{name}: cannot be loaded ({first_line(error)})") from None
+    if isinstance(loaded, nn.Module):
+        return loaded.float()  # a checkpoint stored in float16 would be trained in float16
+    if hasattr(loaded, "all_special_tokens") and len(loaded) <= len(loaded.all_special_tokens):
+        raise InputError(tried or f"{name}: has no tokenizer files, or an empty vocabulary")
+    return loaded
+
+
+def find_encoder(name):
+    """Return (folder, "") of the encoder `name`, or (None, what was tried and how to get it).
+
+    Looked for in this order: a folder of that name; the local cache, without a network call; the hub.
+    """
+    if os.path.isdir(name):
+        return name, ""
+    try:
+        folder = snapshot_download(name, local_files_only=True)
+        if is_encoder(os.listdir(folder)):
+            return folder, ""
+    except (OSError, ValueError):  # not cached; ValueError: no possible id on the hub, such as ./model/none
+        pass
+    try:
+        return snapshot_download(name, allow_patterns=encoder_files(files_on_hub(name))), ""
+    except Exception as error:  # whatever the network, a proxy or the hub may answer
+        return None, (
+            f"the encoder {name} cannot be had: no folder of that name; not in the cache {constants.HF_HUB_CACHE}; "
+            f"the hub {constants.ENDPOINT} says: {first_line(error)}. To get it, set a mirror in the environment "
+            "(HF_ENDPOINT=https://hf-mirror.com), or copy its config.json, vocab.txt and model.safetensors into a "
+            "folder and set pretrained_model in bert_multilabel_cls.py to that folder")
+
+
+def files_on_hub(name):
+    """Return the names of the files of `name` on the hub. Raises what went wrong, within `hub_seconds`."""
+    answer = [TimeoutError(f"no answer within {hub_seconds} s")]
+
+    def ask():
+        try:
+            answer[0] = [file.rfilename for file in HfApi().model_info(name, timeout=hub_seconds / 2).siblings]
+        except Exception as error:
+            answer[0] = error
+
+    # A thread, because the timeout of the request does not bound the search for the host's address.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(hub_seconds)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def encoder_files(names):
+    """Return those of a hub folder's files that make the encoder: one form of the weights, not all of them."""
+    weights = "*.safetensors*" if any(name.endswith(".safetensors") for name in names) else "pytorch_model*.bin*"
+    return ["config.json", "vocab.txt", "*token*.json", weights]
+
+
+def is_encoder(names):
+    """Return whether a folder with files of these names holds config, vocabulary and weights."""
+    vocabulary = {"vocab.txt", "tokenizer.json"} & set(names)
+    return "config.json" in names and bool(vocabulary) and any(n.endswith((".safetensors", ".bin")) for n in names)
+
+
+def first_line(error):
+    """Return the first line of an exception's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def build_scratch_encoder(texts, folder, seed=0):
+    """Write a small untrained BERT with a vocabulary of `texts` to `folder`, as save_pretrained does.
+
+    The same texts and seed always give the same files.
+    """
+    texts = texts[::max(1, len(texts) // scratch_texts)]
+    tokenizer = scratch_tokenizer(texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        bert = BertModel(BertConfig(vocab_size=len(tokenizer), **scratch_config))
+        start_from_neighbours(bert.embeddings.word_embeddings.weight, tokenizer(texts, add_special_tokens=False).input_ids)
+    save_pretrained_whole(bert, folder)
+    save_pretrained_whole(tokenizer, folder)
+
+
+def scratch_tokenizer(texts):
+    """Return a BertTokenizer whose vocabulary is the characters and the common words of `texts`.
+
+    BERT's own tokenizer takes Chinese one character at a time; a network without pretraining learns
+    words such as 股市 from far fewer texts if each is one token. They are added tokens: around them,
+    and where none of them stands in a text, a character is still a token.
+    """
+    splitter = BertTokenizer().backend_tokenizer
+    words = Counter(word for text in texts
+                    for word, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
+    characters = Counter()
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    # A character seen once becomes [UNK], so that the network learns what to make of unknown ones.
+    singles = sorted(character for character, count in characters.items() if count > 1)
+    inner = [f"##{character}" for character in singles if not re.match(chinese, character)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *inner, *most_common(words)]
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(dict.fromkeys(vocabulary))})
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in chinese_pieces(texts)])
+    return tokenizer
+
+
+def chinese_pieces(texts):
+    """Return the common pieces of 2 to 4 Chinese characters, without those that are mostly part of a longer one."""
+    counts = Counter(run[start:start + size] for text in texts for run in re.findall(f"{chinese}+", text)
+                     for size in (2, 3, 4) for start in range(len(run) - size + 1))
+    parts = {part for piece, count in counts.items() if count >= scratch_min_count
+             for part in (piece[:-1], piece[1:]) if counts[part] <= 1.2 * count}
+    return most_common(Counter({piece: count for piece, count in counts.items() if piece not in parts}))
+
+
+def most_common(counts):
+    """Return the keys that count at least `scratch_min_count`, the first `scratch_pieces`, in an order that is fixed."""
+    common = [key for key, count in counts.items() if count >= scratch_min_count]
+    return sorted(common, key=lambda key: (-counts[key], key))[:scratch_pieces]
+
+
+def start_from_neighbours(embeddings, sequences):
+    """Set the embeddings (V, H) of the tokens in `sequences`, lists of ids, by which tokens stand near which.
+
+    Positive pointwise mutual information of neighbours, reduced to H dimensions by a singular value
+    decomposition (Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization",
+    section 5): tokens that stand in like company start alike, before the first label is seen.
+    """
+    flat = torch.tensor([token for ids in sequences for token in (*ids, *[-1] * scratch_window)])  # -1 ends a text
+    near = [(flat[:-distance], flat[distance:]) for distance in range(1, scratch_window + 1)]
+    left, right = (torch.cat(side) for side in zip(*near))
+    within = (left >= 0) & (right >= 0)
+    if not within.any():
+        return  # no text has two tokens
+    left, right = left[within], right[within]
+    pairs = torch.stack([torch.cat([left, right]), torch.cat([right, left])])
+    size, width = embeddings.shape
+    counts = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]), (size, size), check_invariants=True).coalesce()
+    total = torch.zeros(size).index_add_(0, counts.indices()[0], counts.values())
+    information = torch.log(counts.values() * total.sum() / total[counts.indices()].prod(0)).clamp(min=0)
+    matrix = torch.sparse_coo_tensor(counts.indices(), information, (size, size), check_invariants=True)
+    vectors, values, _ = torch.svd_lowrank(matrix, q=min(width, size), niter=4)
+    vectors = vectors * values.sqrt()
+    seen = total > 0
+    with torch.no_grad():
+        vectors *= embeddings.std() / vectors[seen].std()
+        embeddings[seen, :vectors.shape[1]] = vectors[seen]
+
+
+@without_bars()
+def save_pretrained_whole(part, folder):
+    """Write a model, tokenizer or configuration to `folder` as its save_pretrained does, each file whole."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        part.save_pretrained(temporary)
+        for name in os.listdir(temporary):
+            with whole_file(os.path.join(folder, name)) as target:
+                os.replace(os.path.join(temporary, name), target)
+
+
+def save_model(model, tokenizer, label2idx, model_path):
+    """Write a trained model's folder: weights to `model_path`, configuration and tokenizer beside them."""
+    folder = os.path.dirname(model_path) or "."
+    config = copy.deepcopy(model.bert.config)
+    config.update(dict(id2label={column: label for label, column in label2idx.items()}, label2id=label2idx,
+                       problem_type="multi_label_classification"))
+    save_pretrained_whole(config, folder)
+    save_pretrained_whole(tokenizer, folder)
+    with whole_file(model_path) as temporary:
+        torch.save(model.state_dict(), temporary)
+
+
+@without_bars()
+def load_model(model_path, label2idx_path):
+    """Return (model, tokenizer, label2idx) of a trained model's folder; needs no network.
+
+    Where only a .pth from the article's code lies there, the labels come from `label2idx_path`,
+    sizes and tokenizer from `pretrained_model`. The model is on the CPU, in evaluation mode.
+    Raises InputError if a file is missing, broken, or does not fit the others.
+    """
+    folder = os.path.dirname(model_path) or "."
+    state = load_state(model_path)
+    complete = os.path.exists(os.path.join(folder, "config.json"))
+    encoder = folder if complete else pretrained_model
+    config = load_pretrained(BertConfig, encoder)
+    tokenizer = load_pretrained(BertTokenizer, encoder)
+    label2idx = config.label2id if complete else load_label2idx(label2idx_path)
+    if state["fc.bias"].numel() != len(label2idx):
+        raise InputError(f"{model_path}: has {state['fc.bias'].numel()} labels, but {len(label2idx)} are listed in "
+                         f"{folder if complete else label2idx_path}; they belong to different runs")
+    bert = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    try:
+        # Given a state dict, from_pretrained spends no time on random weights that would be overwritten.
+        bert = BertModel.from_pretrained(None, config=config, state_dict=bert)
+        model = BertMultiLabelCls(None, len(label2idx), bert=bert)
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{model_path}: does not fit the encoder in {encoder} ({first_line(error)})") from None
+    return model.eval(), tokenizer, label2idx
+
+
+def load_state(model_path):
+    """Return the state dict at `model_path`, on the CPU. Raises InputError if it is none; runs no code from it."""
+    if not os.path.exists(model_path):
+        raise InputError(f"{model_path}: there is no trained model yet; run: python train.py")
+    try:
+        state = torch.load(model_path, map_location="cpu", weights_only=True)
+        state.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
+        state["fc.bias"]
+    except Exception as error:  # torch.load has no one kind of error for a file that is cut short or hostile
+        raise InputError(f"{model_path}: not a checkpoint of this project ({first_line(error)})") from None
+    return state
+
+
+def choose_precision(precision, device):
+    """Return "bf16", "fp16" or "fp32": `precision`, or for "auto" the fastest that `device` computes natively.
+
+    Never float16 on a CPU, where it is slower than float32 a hundred times and more.
+    """
+    if precision not in ("auto", "bf16", "fp16", "fp32"):
+        raise InputError(f'precision = {precision!r}: must be "auto", "bf16", "fp16" or "fp32"')
+    on_gpu = torch.device(device).type == "cuda"
+    if precision == "fp16" and not on_gpu:
+        raise InputError('precision = "fp16": only on a GPU; use "auto"')
+    if precision != "auto":
+        return precision
+    if on_gpu:
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def mixed(device, precision):
+    """Return the autocast context for a precision that choose_precision returned."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
+
+
+@torch.inference_mode()
+def gather_probs(model, batches, precision="fp32"):
+    """Return (probs, labels), each (N, C) float32 on the CPU, in the order of the batches.
+
+    `batches` gives (input_ids, attention_mask, token_type_ids, labels), or the first three: then labels is None.
+    """
+    model.eval()
+    device = model.fc.weight.device
+    probs, labels = [], []
+    for *inputs, in batches:
+        with mixed(device, precision):
+            probs.append(model(*(tensor.to(device, non_blocking=True) for tensor in inputs[:3])))
+        labels.extend(inputs[3:])
+    return torch.cat(probs).cpu(), torch.cat(labels).cpu() if labels else None

@@ -1,0 +1,96 @@
+"""A tiny random BERT, its vocabulary and a data set in a temporary folder: no test needs a network or a GPU."""
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+
+import bert_multilabel_cls  # noqa: E402
+import data_preprocess  # noqa: E402
+import predict  # noqa: E402
+import train  # noqa: E402
+
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"中超股市今日开赛大涨球门得分基金", "up", "##s", "a"]
+EXAMPLES = [("中超开赛", ["体育", "中超"]), ("股市大涨", ["财经", "股市"]), ("球门得分今日", ["体育"]), ("基金大涨", ["财经"]),
+            ("中超得分股市大涨", ["体育", "中超", "财经", "股市"]), ("今日", [])]
+
+
+def write_jsonl(path, examples):
+    """Write (text, labels) pairs in the project's data format; return the path as a string."""
+    lines = (json.dumps({"text": text, "label": labels}, ensure_ascii=False) for text, labels in examples)
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A folder as save_pretrained writes it: 2 layers, hidden size 16, 24 tokens."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(TOKENS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=40)
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer(vocab={token: index for index, token in enumerate(TOKENS)}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tokenizer(encoder_folder):
+    return BertTokenizer.from_pretrained(encoder_folder)
+
+
+def set_up(folder, monkeypatch, encoder_folder):
+    """Make `folder` a working folder with data/ and label2idx.json, and set the scripts' constants for it."""
+    monkeypatch.chdir(folder)
+    os.mkdir("data")
+    for name, times in (("train", 8), ("dev", 1), ("test", 1)):
+        write_jsonl(f"data/{name}.json", EXAMPLES * times)
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", encoder_folder)
+    for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3).items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(predict, "device", "cpu")
+    predict.trained_model.cache_clear()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, encoder_folder):
+    """A working folder that is ready for training."""
+    set_up(tmp_path, monkeypatch, encoder_folder)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_model_folder(tmp_path_factory, encoder_folder):
+    """The model/ of a run that went on until it is right on its six examples."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_up(folder, monkeypatch, encoder_folder)
+        monkeypatch.setattr(train, "epochs", 15)
+        monkeypatch.setattr(train, "lr", 1e-2)
+        train.train()
+    return folder / "model"
+
+
+@pytest.fixture
+def trained(project, trained_model_folder):
+    """A working folder with a trained model."""
+    shutil.copytree(trained_model_folder, project / "model")
+    return project
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No hub, decided at once; nothing in the cache."""
+    def no_hub(name, **options):
+        raise ConnectionError("no network in tests")
+    monkeypatch.setattr(bert_multilabel_cls, "files_on_hub", no_hub)
+    monkeypatch.setattr(bert_multilabel_cls, "snapshot_download", no_hub)

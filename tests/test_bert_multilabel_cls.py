@@ -1,0 +1,275 @@
+import hashlib
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import constants
+from transformers import BertConfig, BertModel, BertTokenizer
+
+import bert_multilabel_cls as ours
+from conftest import TOKENS, root, write_jsonl
+from data_preprocess import InputError, dump_json
+
+LABELS = {"体育": 0, "财经": 1, "科技": 2}
+
+
+class ArticleNet(nn.Module):
+    """The article's network, for checking that weights move in both directions."""
+
+    def __init__(self, hidden_size, class_num, folder, dropout=0.1):
+        super().__init__()
+        self.fc = nn.Linear(hidden_size, class_num)
+        self.drop = nn.Dropout(dropout)
+        self.bert = BertModel.from_pretrained(folder)
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        outputs = self.bert(input_ids, attention_mask, token_type_ids)
+        return F.sigmoid(self.fc(self.drop(outputs[1])))
+
+
+@pytest.fixture
+def inputs():
+    """Ids, mask and types that all differ: swapping any two changes the result."""
+    ids = torch.tensor([[2, 5, 6, 3, 7, 3], [2, 8, 3, 9, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    types = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]])
+    return ids, mask, types
+
+
+@pytest.fixture
+def model(encoder_folder):
+    return ours.BertMultiLabelCls(None, len(LABELS), bert=ours.load_pretrained(BertModel, encoder_folder)).eval()
+
+
+def test_forward_is_pooled_output_linear_sigmoid(model, inputs):
+    probs = model(*inputs)
+    pooled = model.bert(input_ids=inputs[0], attention_mask=inputs[1], token_type_ids=inputs[2]).pooler_output
+    assert probs.shape == (2, 3) and probs.dtype == torch.float32
+    torch.testing.assert_close(probs, torch.sigmoid(pooled @ model.fc.weight.T + model.fc.bias))
+
+
+def test_attention_mask_and_types_are_not_mixed_up(model, inputs):
+    ids, mask, types = inputs
+    assert not torch.allclose(model(ids, mask, types), model(ids, types, mask), atol=1e-4)
+
+
+def test_the_default_encoder_is_pretrained_model(encoder_folder, monkeypatch):
+    monkeypatch.setattr(ours, "pretrained_model", encoder_folder)
+    model = ours.BertMultiLabelCls(16, 3)
+    torch.testing.assert_close(model.bert.state_dict(), BertModel.from_pretrained(encoder_folder).state_dict())
+    with pytest.raises(InputError, match="hidden_size = 768, but the encoder has 16"):
+        ours.BertMultiLabelCls(768, 3)
+
+
+def test_from_pretrained_may_be_replaced(offline, monkeypatch, encoder_folder):
+    """Both are called through their own names, so a stand-in needs no files and no network."""
+    bert = BertModel.from_pretrained(encoder_folder)
+    monkeypatch.setattr(ours.BertModel, "from_pretrained", lambda name, **options: bert)
+    assert ours.BertMultiLabelCls(16, 3).bert is bert
+
+
+def test_state_dict_has_the_keys_of_the_article(model):
+    keys = model.state_dict().keys()
+    assert {key.split(".")[0] for key in keys} == {"bert", "fc"}
+    assert {"fc.weight", "fc.bias", "bert.pooler.dense.weight"} < keys
+
+
+def test_an_article_checkpoint_predicts_here(tmp_path, monkeypatch, encoder_folder, inputs):
+    monkeypatch.setattr(ours, "pretrained_model", encoder_folder)
+    article = ArticleNet(16, 3, encoder_folder).eval()
+    state = article.state_dict()
+    state["bert.embeddings.position_ids"] = torch.arange(40)[None]  # written by transformers before 4.31
+    torch.save(state, tmp_path / "multi_label_cls.pth")
+    dump_json({"体育": 2, "财经": 0, "科技": 1}, tmp_path / "label2idx.json")
+    model, tokenizer, label2idx = ours.load_model(f"{tmp_path}/multi_label_cls.pth", f"{tmp_path}/label2idx.json")
+    torch.testing.assert_close(model(*inputs), article(*inputs), atol=1e-5, rtol=0)
+    assert label2idx == {"体育": 2, "财经": 0, "科技": 1} and len(tokenizer) == len(TOKENS)
+
+
+def test_our_checkpoint_loads_in_the_article(tmp_path, model, tokenizer, encoder_folder, inputs):
+    ours.save_model(model, tokenizer, LABELS, f"{tmp_path}/multi_label_cls.pth")
+    article = ArticleNet(16, 3, encoder_folder).eval()
+    article.load_state_dict(torch.load(tmp_path / "multi_label_cls.pth", weights_only=True), strict=True)
+    torch.testing.assert_close(model(*inputs), article(*inputs), atol=1e-5, rtol=0)
+
+
+def test_a_saved_folder_needs_nothing_else(tmp_path, model, tokenizer, inputs, offline):
+    ours.save_model(model, tokenizer, LABELS, f"{tmp_path}/m/multi_label_cls.pth")
+    loaded, loaded_tokenizer, label2idx = ours.load_model(f"{tmp_path}/m/multi_label_cls.pth", "./no/such/index.json")
+    assert torch.equal(loaded(*inputs), model(*inputs)) and not loaded.training
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert label2idx == LABELS
+    config = BertConfig.from_pretrained(tmp_path / "m")
+    assert config.problem_type == "multi_label_classification" and config.id2label[2] == "科技"
+    assert not [name for name in os.listdir(tmp_path / "m") if "tmp" in name]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def broken_checkpoints(state):
+    """Yield (what is wrong, bytes or a state dict to save, part of the message)."""
+    yield "no checkpoint", b"hello", "not a checkpoint"
+    yield "a list", [1, 2], "not a checkpoint"
+    yield "a pickle that would run code", pickle.dumps(Hostile()), "not a checkpoint"
+    yield "empty", b"", "not a checkpoint"
+    yield "other labels", {**state, "fc.bias": torch.zeros(4)}, "has 4 labels, but 3 are listed"
+    yield "other sizes", {**state, "bert.pooler.dense.bias": torch.zeros(5)}, "does not fit the encoder"
+    yield "a layer missing", {k: v for k, v in state.items() if "layer.1" not in k}, "does not fit the encoder"
+
+
+def test_a_broken_checkpoint_is_one_sentence(tmp_path, monkeypatch, model, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    path = "./m/multi_label_cls.pth"
+    ours.save_model(model, tokenizer, LABELS, path)
+    whole = open(path, "rb").read()
+    for what, content, message in [*broken_checkpoints(model.state_dict()), ("cut", whole[:9000], "not a checkpoint")]:
+        if isinstance(content, bytes):
+            open(path, "wb").write(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(InputError) as caught:
+            ours.load_model(path, "")
+        assert message in str(caught.value) and "\n" not in str(caught.value), what
+    assert not os.path.exists("hacked")
+    os.remove(path)
+    with pytest.raises(InputError, match="run: python train.py"):
+        ours.load_model(path, "")
+
+
+def test_a_half_precision_encoder_is_used_in_float32(tmp_path, encoder_folder):
+    shutil.copytree(encoder_folder, tmp_path / "half")
+    BertModel.from_pretrained(encoder_folder).half().save_pretrained(tmp_path / "half")
+    bert = ours.load_pretrained(BertModel, str(tmp_path / "half"))
+    assert {p.dtype for p in bert.parameters()} == {torch.float32}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, encoder_folder):
+    """A hub cache that holds someone/tiny."""
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(encoder_folder, snapshot)
+    refs = tmp_path / "hub" / "models--someone--tiny" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    real = ours.snapshot_download
+    monkeypatch.setattr(ours, "snapshot_download", lambda *a, **k: real(*a, cache_dir=tmp_path / "hub", **k))
+    monkeypatch.setattr(ours, "files_on_hub", lambda name: pytest.fail("asked the hub"))
+    return snapshot
+
+
+def test_an_encoder_in_the_cache_needs_no_network_call(cache):
+    assert ours.find_encoder("someone/tiny") == (str(cache), "")
+
+
+def test_a_folder_comes_before_the_cache(cache, tmp_path, monkeypatch, encoder_folder):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(encoder_folder, "someone/tiny")
+    assert ours.find_encoder("someone/tiny") == ("someone/tiny", "")
+
+
+def test_a_cache_without_weights_is_not_enough(cache, monkeypatch):
+    (cache / "model.safetensors").unlink()
+    asked = []
+    monkeypatch.setattr(ours, "files_on_hub", lambda name: asked.append(name) or 1 / 0)
+    assert ours.find_encoder("someone/tiny")[0] is None and asked == ["someone/tiny"]
+
+
+def test_the_hub_is_asked_for_one_form_of_the_weights():
+    names = ["config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt"]
+    assert ours.encoder_files(names)[-1] == "*.safetensors*"
+    assert ours.encoder_files([n for n in names if n != "model.safetensors"])[-1] == "pytorch_model*.bin*"
+
+
+def test_a_hub_that_never_answers_is_given_up_in_time(tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        search = "import time, bert_multilabel_cls as b; t = time.time(); print(b.find_encoder(b.pretrained_model)[1]); " \
+                 "print(time.time() - t)"
+        run = subprocess.run([sys.executable, "-c", search], cwd=root, capture_output=True, text=True, check=True,
+                             env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+                                  "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"})
+    message, seconds = run.stdout.splitlines()
+    assert float(seconds) < 10
+    assert "HF_ENDPOINT" in message and str(tmp_path) in message and "127.0.0.1" in message
+
+
+@pytest.mark.parametrize("part", [BertModel, BertTokenizer])
+def test_what_cannot_be_had_is_an_error_and_quick(offline, part):
+    start = time.time()
+    with pytest.raises(InputError, match="someone/none cannot be had"):
+        ours.load_pretrained(part, "someone/none")
+    assert time.time() - start < 10
+
+
+def test_a_folder_without_tokenizer_is_an_error(tmp_path, encoder_folder):
+    BertModel.from_pretrained(encoder_folder).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no tokenizer files, or an empty vocabulary"):
+        ours.load_pretrained(BertTokenizer, str(tmp_path))
+
+
+TEXTS = ["今天股市大涨，股市成交放量", "股市低开 vs 高开 vs 平开", "vs 股市"] * 3
+
+
+def test_scratch_encoder_is_an_ordinary_folder(tmp_path):
+    ours.build_scratch_encoder(TEXTS, str(tmp_path))
+    tokenizer = ours.load_pretrained(BertTokenizer, str(tmp_path))
+    bert = ours.load_pretrained(BertModel, str(tmp_path))
+    assert tokenizer.tokenize("股市低放 VS 龘") == ["股市", "低", "放", "vs", "[UNK]"]
+    assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 256
+    assert bert.config.num_hidden_layers == 4
+
+
+def test_scratch_encoder_is_the_same_under_any_hash_seed(tmp_path):
+    texts = [f"{text}{chr(0x4e00 + n * 37 % 50)}{chr(0x4e00 + n * 13 % 50)}" for n, text in enumerate(TEXTS * 20)]
+    path = write_jsonl(tmp_path / "a.json", [(text, []) for text in texts])
+    build = ("import sys, bert_multilabel_cls as b, data_preprocess as d; "
+             "b.build_scratch_encoder([t for t, _ in d.read_examples(sys.argv[1])], sys.argv[2])")
+    digests = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        subprocess.run([sys.executable, "-c", build, path, folder], cwd=root, check=True, capture_output=True,
+                       env={**os.environ, "PYTHONHASHSEED": seed})
+        digests.append({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()})
+    assert digests[0] == digests[1]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= digests[0].keys()
+
+
+@pytest.mark.parametrize("precision, device, chosen", [("fp32", "cpu", "fp32"), ("bf16", "cpu", "bf16")])
+def test_a_named_precision_is_taken(precision, device, chosen):
+    assert ours.choose_precision(precision, device) == chosen
+
+
+@pytest.mark.parametrize("able, chosen", [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                                          ({"avx512_f": True}, "fp32")])
+def test_auto_takes_bf16_only_where_it_is_native(monkeypatch, able, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert ours.choose_precision("auto", "cpu") == chosen
+
+
+@pytest.mark.parametrize("precision", ["fp16", "half", None])
+def test_a_precision_that_cannot_be_is_an_error(precision):
+    with pytest.raises(InputError, match="precision = "):
+        ours.choose_precision(precision, "cpu")
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 0), ("bf16", 0.02)])
+def test_gather_probs_keeps_the_order_of_the_batches(model, inputs, precision, tolerance):
+    labels = torch.eye(3)[:2]
+    batches = [tuple(t[[1]] for t in (*inputs, labels)), tuple(t[[0]] for t in (*inputs, labels))]
+    probs, gathered = ours.gather_probs(model.train(), batches, precision)
+    torch.testing.assert_close(probs, model.eval()(*inputs)[[1, 0]].detach(), atol=tolerance or 1e-6, rtol=0)
+    assert torch.equal(gathered, labels[[1, 0]]) and probs.dtype == torch.float32
+    assert ours.gather_probs(model, [inputs])[1] is None

@@ -1,0 +1,99 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bert_multilabel_cls
+import predict
+from conftest import root
+from data_preprocess import InputError, dump_json
+
+TEXTS = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨"]
+
+
+def test_texts_to_labels(trained):
+    assert predict.predict(["股市大涨", "中超得分股市大涨", "今日"]) == [["股市", "财经"], ["中超", "体育", "股市", "财经"], []]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_results_come_in_the_order_of_the_texts(trained, monkeypatch, batch_size):
+    monkeypatch.setattr(predict, "batch_size", batch_size)
+    one_by_one = [predict.predict_pairs([text])[0] for text in TEXTS]
+    together = predict.predict_pairs(TEXTS)
+    assert [[label for label, _ in pairs] for pairs in together] == [["中超", "体育", "股市", "财经"]] * len(TEXTS)
+    torch.testing.assert_close([[p for _, p in pairs] for pairs in together],
+                               [[p for _, p in pairs] for pairs in one_by_one], atol=1e-5, rtol=0)
+
+
+def test_probabilities_are_those_of_the_network(trained):
+    model, tokenizer, _ = bert_multilabel_cls.load_model(predict.save_model_path, "")
+    tensors = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        probs = model(tensors["input_ids"], tensors["attention_mask"], tensors["token_type_ids"])
+    torch.testing.assert_close([[p for _, p in pairs] for pairs in predict.predict_pairs(TEXTS)], probs.tolist(),
+                               atol=1e-5, rtol=0)
+
+
+def test_no_texts_give_no_labels_and_load_no_model(project):
+    assert predict.predict([]) == []
+
+
+@pytest.mark.parametrize("texts, message", [("中超", r"wrap the one text in a list: predict\(\['中超'\]\)"),
+                                            (["中超", None], "one of them is None"), ([b"a"], "one of them is b'a'")])
+def test_what_is_no_list_of_texts_is_an_error(project, texts, message):
+    with pytest.raises(InputError, match=message):
+        predict.predict(texts)
+
+
+def test_without_a_model_it_says_to_train(project):
+    with pytest.raises(InputError, match="run: python train.py"):
+        predict.predict(["中超"])
+
+
+def test_constants_are_obeyed_when_set_from_outside(trained, monkeypatch):
+    monkeypatch.setattr(predict, "threshold", 0.0)
+    assert predict.predict(["今日"]) == [["中超", "体育", "股市", "财经"]]
+    monkeypatch.setattr(predict, "max_len", 6)
+    assert predict.predict_pairs(["股市大涨今日中超"]) == predict.predict_pairs(["股市大涨"])
+    shutil.move("model", "elsewhere")
+    monkeypatch.setattr(predict, "save_model_path", "./elsewhere/multi_label_cls.pth")
+    monkeypatch.setattr(predict, "threshold", 0.5)
+    assert predict.predict(["股市大涨"]) == [["股市", "财经"]]
+
+
+def test_the_model_is_loaded_once_at_the_first_use(trained, monkeypatch):
+    loads = []
+    load = predict.load_model
+    monkeypatch.setattr(predict, "load_model", lambda *paths: loads.append(paths) or load(*paths))
+    predict.predict(["中超"]), predict.predict(["股市"])
+    assert len(loads) == 1
+
+
+def test_no_network_and_no_label_file_is_needed(trained, monkeypatch):
+    """Other labels in data/label2idx.json, no hub, no pretrained encoder: the model's folder is enough."""
+    dump_json({"别的": 0, "标签": 1}, "data/label2idx.json")
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", "someone/none")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("used the network"))
+    monkeypatch.setattr(bert_multilabel_cls, "find_encoder", lambda name: (name, "") if os.path.isdir(name) else 1 / 0)
+    assert predict.predict(["股市大涨"]) == [["股市", "财经"]]
+
+
+def test_a_lone_checkpoint_takes_labels_and_encoder_from_the_constants(trained, monkeypatch):
+    os.makedirs("lone")
+    shutil.copy("model/multi_label_cls.pth", "lone/multi_label_cls.pth")
+    monkeypatch.setattr(predict, "save_model_path", "./lone/multi_label_cls.pth")
+    expected = ["股市", "财经"]
+    assert predict.predict(["股市大涨"]) == [expected]
+
+
+def test_script_prints_texts_labels_and_probabilities(trained):
+    run = subprocess.run([sys.executable, root / "predict.py"], capture_output=True, text=True, encoding="utf-8",
+                         env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0, run.stderr
+    assert [line.split("\t")[0] for line in lines] == predict.texts
+    assert all(line.split("\t")[1] == "no label" or "(0." in line.split("\t")[1] for line in lines)
