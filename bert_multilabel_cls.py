@@ -150,8 +150,8 @@ def is_encoder(names):
 
 
 def first_line(error):
-    """Return the first line of an exception's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an exception's message without its full stop, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def build_scratch_encoder(texts, folder, seed=0):

@@ -36,7 +36,7 @@ def encoder_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(TOKENS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=32, max_position_embeddings=40)
+                        intermediate_size=32, max_position_embeddings=40, initializer_range=0.2)
     BertModel(config).save_pretrained(folder)
     BertTokenizer(vocab={token: index for index, token in enumerate(TOKENS)}).save_pretrained(folder)
     return str(folder)
@@ -74,8 +74,8 @@ def trained_model_folder(tmp_path_factory, encoder_folder):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_up(folder, monkeypatch, encoder_folder)
-        monkeypatch.setattr(train, "epochs", 15)
-        monkeypatch.setattr(train, "lr", 1e-2)
+        monkeypatch.setattr(train, "epochs", 25)
+        monkeypatch.setattr(train, "lr", 5e-3)
         train.train()
     return folder / "model"
 

@@ -69,11 +69,11 @@ def test_dev_returns_mean_loss_and_accuracy(project):
 
 
 def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys):
-    for name, value in dict(epochs=30, lr=1e-2, batch_size=5, save_model_path="./out/best.pth", seed=1).items():
+    for name, value in dict(epochs=30, lr=5e-3, batch_size=5, save_model_path="./out/best.pth", seed=1).items():
         monkeypatch.setattr(train, name, value)
     train.train()
     printed = capsys.readouterr().out
-    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 lr=0.01 seed=1" in printed
+    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 lr=0.005 seed=1" in printed
     assert "train=48 dev=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
     assert train.test("./out/best.pth", "./data/test.json") == 1
     assert not (project / "model").exists()
