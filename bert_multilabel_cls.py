@@ -164,7 +164,8 @@ def build_scratch_encoder(texts, folder, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         bert = BertModel(BertConfig(vocab_size=len(tokenizer), **scratch_config))
-        start_from_neighbours(bert.embeddings.word_embeddings.weight, tokenizer(texts, add_special_tokens=False).input_ids)
+        sequences = tokenizer(texts, add_special_tokens=False).input_ids
+        start_from_neighbours(bert.embeddings.word_embeddings.weight, sequences)
     save_pretrained_whole(bert, folder)
     save_pretrained_whole(tokenizer, folder)
 
@@ -202,7 +203,7 @@ def chinese_pieces(texts):
 
 
 def most_common(counts):
-    """Return the keys that count at least `scratch_min_count`, the first `scratch_pieces`, in an order that is fixed."""
+    """Return the keys that count at least `scratch_min_count`, at most `scratch_pieces`, in an order that is fixed."""
     common = [key for key, count in counts.items() if count >= scratch_min_count]
     return sorted(common, key=lambda key: (-counts[key], key))[:scratch_pieces]
 
@@ -246,12 +247,15 @@ def save_pretrained_whole(part, folder):
                 os.replace(os.path.join(temporary, name), target)
 
 
-def save_model(model, tokenizer, label2idx, model_path):
-    """Write a trained model's folder: weights to `model_path`, configuration and tokenizer beside them."""
+def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
+    """Write a trained model's folder: weights to `model_path`, configuration and tokenizer beside them.
+
+    thresholds: what was tuned on dev, kept in the configuration because it fits only these weights.
+    """
     folder = os.path.dirname(model_path) or "."
     config = copy.deepcopy(model.bert.config)
     config.update(dict(id2label={column: label for label, column in label2idx.items()}, label2id=label2idx,
-                       problem_type="multi_label_classification"))
+                       problem_type="multi_label_classification", thresholds=thresholds or {}))
     save_pretrained_whole(config, folder)
     save_pretrained_whole(tokenizer, folder)
     with whole_file(model_path) as temporary:

@@ -65,7 +65,7 @@ def encode(tokenizer, texts, max_len):
 
 
 def by_length(attention_mask, batch_size):
-    """Return all indices as lists of at most `batch_size`, longest texts first: what runs out of memory does so early."""
+    """Return all indices as lists of at most `batch_size`, longest texts first: memory runs out early or not at all."""
     order = attention_mask.sum(1).argsort(descending=True, stable=True)
     return [batch.tolist() for batch in order.split(batch_size)]
 

@@ -57,10 +57,16 @@ def whole_file(out_path):
             os.remove(temporary)
 
 
-def dump_json(project, out_path):
-    """Write `project` to `out_path` as UTF-8 JSON, whole or not at all."""
+def dump_json(project, out_path, indent=None):
+    """Write `project` to `out_path` as UTF-8 JSON, whole or not at all; `indent` spreads it over lines."""
     with whole_file(out_path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(project, file, ensure_ascii=False)
+        json.dump(project, file, ensure_ascii=False, indent=indent)
+
+
+def dump_jsonl(rows, out_path):
+    """Write `rows` to `out_path` as UTF-8 JSON, a line each, whole or not at all."""
+    with whole_file(out_path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 def load_json(data_path):

@@ -5,6 +5,7 @@ run     python predict.py    or, from Python:  from predict import predict;  pre
 """
 import functools
 
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
@@ -15,38 +16,76 @@ from data_preprocess import InputError, run_script
 save_model_path = "./model/multi_label_cls.pth"
 label2idx_path = "./data/label2idx.json"  # read only where no config.json lies beside the model
 device = "cuda" if torch.cuda.is_available() else "cpu"
-max_len = 128  # tokens; longer texts are cut. As in training
+max_len = 128  # tokens; longer texts lose their end. As in training
 batch_size = 32  # texts at a time; more needs more memory
-threshold = 0.5  # a label is given where its probability is above this
+
+# Which labels a text gets.
+threshold = 0.5  # those with a probability above this; "tuned": above each label's own, which training chose on dev
+min_labels = 0  # at least so many: the most probable ones, also below the threshold
+max_labels = None  # at most so many: the most probable ones; None is no limit
 
 texts = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今日沪深两市指数整体呈现震荡调整格局"]
 
 
 def predict(texts):
-    """Return one list of labels for each text: those with a probability above `threshold`, in label order.
+    """Return one list of labels for each text, in label order.
 
     Raises InputError if `texts` is a bare string, holds something else than strings, or there is no model.
     """
-    return [[label for label, prob in pairs if prob > threshold] for pairs in predict_pairs(texts)]
+    return [[label for label, _ in pairs] for pairs in predict_pairs(texts)]
 
 
 def predict_pairs(texts):
-    """Return for each text a list of C pairs (label, probability), in label order."""
+    """Return for each text a list of (label, probability): the labels that it gets, in label order."""
+    check_texts(texts)
+    if len(texts) == 0:
+        return []
+    probs = predict_proba(texts)
+    model, _, label2idx = trained_model(save_model_path, label2idx_path, device)
+    labels = sorted(label2idx, key=label2idx.get)
+    chosen = choose_labels(probs, thresholds(model.bert.config))
+    return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)] for row, kept in zip(probs, chosen)]
+
+
+def predict_proba(texts):
+    """Return the probabilities of all labels, (N, C) float32, columns in label order. Raises as `predict` does."""
+    check_texts(texts)
+    model, tokenizer, label2idx = trained_model(save_model_path, label2idx_path, device)
+    probs = np.empty((len(texts), len(label2idx)), dtype=np.float32)
+    if len(texts):
+        dataset = TensorDataset(*encode(tokenizer, texts, max_len))
+        batches = by_length(dataset.tensors[1], batch_size)
+        order = [index for batch in batches for index in batch]
+        probs[order] = gather_probs(model, load_batches(dataset, batches))[0].numpy()
+    return probs
+
+
+def check_texts(texts):
+    """Raise InputError unless `texts` is a list, or another sequence, of strings."""
     if isinstance(texts, str):
         raise InputError(f"predict takes a list of texts; wrap the one text in a list: predict([{texts[:20]!r}])")
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise InputError(f"predict takes a list of strings, but one of them is {wrong[0]!r:.40}")
-    if not texts:
-        return []
-    model, tokenizer, label2idx = trained_model(save_model_path, label2idx_path, device)
-    dataset = TensorDataset(*encode(tokenizer, texts, max_len))
-    batches = by_length(dataset.tensors[1], batch_size)
-    sorted_probs, _ = gather_probs(model, load_batches(dataset, batches))
-    probs = torch.empty_like(sorted_probs)
-    probs[[index for batch in batches for index in batch]] = sorted_probs  # back to the order of `texts`
-    labels = sorted(label2idx, key=label2idx.get)
-    return [list(zip(labels, row)) for row in probs.tolist()]
+
+
+def thresholds(config):
+    """Return the threshold, or one for each label, that the constant `threshold` asks for."""
+    if threshold == "tuned":
+        if not getattr(config, "thresholds", None):
+            raise InputError(f'threshold = "tuned": there are no tuned thresholds beside {save_model_path}; train again, '
+                             "or set a number")
+        return np.array(config.thresholds["by_label"], dtype=np.float32)
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise InputError(f'threshold = {threshold!r}: must be a number from 0 to 1, or "tuned"')
+    return threshold
+
+
+def choose_labels(probs, threshold):
+    """Return which labels each text gets, (N, C) bool, with `min_labels` and `max_labels` obeyed."""
+    above = probs > threshold
+    rank = np.argsort(np.argsort(-(probs + above), axis=1, kind="stable"), axis=1)  # those above come first
+    return (above | (rank < min_labels)) & (rank < (probs.shape[1] if max_labels is None else max_labels))
 
 
 @functools.lru_cache(maxsize=1)
@@ -59,8 +98,7 @@ def trained_model(save_model_path, label2idx_path, device):
 def main():
     """Print each of `texts` with its labels and their probabilities."""
     for text, pairs in zip(texts, predict_pairs(texts)):
-        labels = " ".join(f"{label}({prob:.3f})" for label, prob in pairs if prob > threshold)
-        print(text, labels or "no label", sep="\t")
+        print(text, " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label", sep="\t")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@
 reads   ./data/train.json, dev.json, test.json    one object a line: {"text": "...", "label": ["...", ...]}
         ./data/label2idx.json                     written by `python data_preprocess.py`
 writes  ./model/                                  the model of the best epoch: all that predict.py needs
+        ./model/metrics.json                      how good it is on dev and test, and how it was made
+        ./model/history.json                      a line an epoch
+        ./model/errors.json                       the test texts that came out wrong, a line each
 run     python train.py
 """
 import math
+import os
 import time
 
 import torch
 import torch.nn as nn
-from sklearn.metrics import accuracy_score, f1_score
+import transformers
+from sklearn.metrics import accuracy_score, hamming_loss, precision_recall_fscore_support
 from transformers import BertModel, BertTokenizer, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.logging import tqdm
@@ -19,7 +24,7 @@ import bert_multilabel_cls
 from bert_multilabel_cls import (BertMultiLabelCls, build_scratch_encoder, choose_precision, find_encoder, gather_probs,
                                  load_model, load_pretrained, mixed, save_model)
 from data_helper import MultiClsDataSet, by_length, load_batches
-from data_preprocess import InputError, log, read_examples, run_script
+from data_preprocess import InputError, dump_json, dump_jsonl, log, read_examples, run_script
 
 # Files. The encoder's name is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -36,7 +41,8 @@ precision = "auto"  # "bf16", "fp16" (GPU only), "fp32"; "auto" takes the fastes
 # Recipe.
 lr = 2e-5  # highest learning rate
 epochs = 10  # passes over the training file
-batch_size = 32  # texts a step; halve it if the GPU's memory is too small
+batch_size = 32  # texts at a time; if memory runs out, halve it and double accumulation_steps
+accumulation_steps = 1  # batches whose gradients add up to one step of the optimizer
 max_len = 128  # tokens; longer texts lose their end
 dropout = 0.1  # share of the pooled output that is set to 0 before the classifier
 warmup_ratio = 0.1  # share of the steps in which the learning rate rises; then it falls to 0
@@ -44,16 +50,24 @@ max_grad_norm = 1.0  # gradients with a larger norm are scaled down to it
 weight_decay = 0.01  # a step, times the learning rate; biases and LayerNorm are spared
 seed = 42  # of weights, dropout and batches
 
+# Which epoch is kept, and when to stop.
+best_metric = "accuracy"  # on dev: "accuracy" (all labels of a text right), "micro_f1", "macro_f1" or "loss"
+patience = 0  # stop after so many epochs without a better one; 0 never stops early
+tune_from = 10  # a label with fewer dev examples than this gets no threshold of its own
+
 # Recipe of the small BERT that is trained from scratch where bert-base-chinese cannot be had.
 scratch_lr = 5e-4
 scratch_epochs = 8
 
 
 def train():
-    """Train, keep the epoch that is best on dev, and report that one on test.
+    """Train, keep the epoch that is best on dev, and measure that one on dev and test.
 
     Raises InputError for what the user can mend in files and constants.
     """
+    started = time.perf_counter()
+    if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
+        raise InputError(f'best_metric = {best_metric!r}: must be "accuracy", "micro_f1", "macro_f1" or "loss"')
     torch.manual_seed(seed)
     encoder, peak_lr, last_epoch = get_encoder()
     tokenizer = load_pretrained(BertTokenizer, encoder)
@@ -66,49 +80,57 @@ def train():
     model.to(device)
     mode = choose_precision(precision, device)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
-    steps = math.ceil(len(train_set) / batch_size)
+    steps = math.ceil(math.ceil(len(train_set) / batch_size) / accumulation_steps)  # of the optimizer, in an epoch
     optimizer = torch.optim.AdamW(decay_groups(model), lr=peak_lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * steps * last_epoch), steps * last_epoch)
     criterion = nn.BCELoss()
     log("data", train=len(train_set), dev=len(dev_set), labels=train_set.class_num, max_len=f"{max_len}_tokens")
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode)
-    log("plan", epochs=last_epoch, steps_per_epoch=steps, batch_size=batch_size, lr=peak_lr, seed=seed)
+    log("plan", epochs=last_epoch, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
+        lr=peak_lr, best_metric=best_metric, seed=seed)
 
-    best = None
+    history, best = [], None
     for epoch in range(1, last_epoch + 1):
         model.train()
         start, total_loss = time.perf_counter(), torch.zeros((), device=device)
-        batches = load_batches(train_set, grouped_batches(train_set.attention_mask, seed + epoch))
-        with tqdm(total=len(train_set), desc=f"epoch {epoch}/{last_epoch}", unit="ex", leave=False, disable=None) as bar:
-            for step, batch in enumerate(batches, 1):
-                *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-                with mixed(device, mode):
-                    probs = model(*inputs)
-                loss = criterion(probs, labels)
-                scaler.scale(loss).backward()
+        batches = grouped_batches(train_set.attention_mask, seed + epoch)
+        shares = step_shares(batches)
+        bar = tqdm(total=len(train_set), desc=f"epoch {epoch}/{last_epoch}", unit="ex", leave=False, disable=None)
+        for step, batch in enumerate(load_batches(train_set, batches), 1):
+            *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+            with mixed(device, mode):
+                probs = model(*inputs)
+            loss = criterion(probs, labels)
+            scaler.scale(loss * shares[step - 1]).backward()
+            if step % accumulation_steps == 0 or step == len(batches):
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
-                total_loss += loss.detach() * len(labels)
-                bar.update(len(labels))
-                if step % 20 == 0:  # reading the loss waits for the GPU
-                    bar.set_postfix(loss=f"{loss.item():.4f}")
-        train_loss = total_loss.item() / len(train_set)
-        seconds = time.perf_counter() - start
-        dev_loss, dev_acc = dev(model, dev_batches, criterion)
-        score = dev_acc, -dev_loss  # early on a model may predict nothing at all: then the lower loss is the better
-        saved = best is None or score > best
-        if saved:
-            best = score
-            save_model(model, tokenizer, train_set.label2idx, save_model_path)
-        log("epoch", epoch=f"{epoch}/{last_epoch}", train_loss=f"{train_loss:.4f}", dev_loss=f"{dev_loss:.4f}",
-            dev_accuracy=f"{dev_acc:.4f}", speed=f"{len(train_set) / seconds:.1f}examples/s", time=f"{seconds:.1f}s",
-            saved="yes" if saved else "no")
-    test(save_model_path, test_path)
+            total_loss += loss.detach() * len(labels)
+            bar.update(len(labels))
+            if step % 20 == 0:  # reading the loss waits for the GPU
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+        bar.close()
+        row = dict(epoch=epoch, train_loss=total_loss.item() / len(train_set), seconds=time.perf_counter() - start)
+
+        dev_loss, dev_probs, dev_labels = evaluate(model, dev_batches, criterion)
+        row.update(dev_loss=dev_loss, **summary(dev_labels, dev_probs))
+        score = -dev_loss if best_metric == "loss" else row[best_metric], -dev_loss  # all 0 at first: the loss decides
+        row["saved"] = best is None or score > best["score"]
+        if row["saved"]:
+            best = dict(score=score, epoch=epoch, thresholds=tune_thresholds(dev_labels, dev_probs), probs=dev_probs)
+            save_model(model, tokenizer, train_set.label2idx, save_model_path, best["thresholds"])
+        history.append(row)
+        dump_jsonl(history, beside_model("history.json"))
+        log_epoch(row, last_epoch, len(train_set))
+        if patience and epoch - best["epoch"] >= patience:
+            log("stop", f"no better {best_metric} in {patience} epochs")
+            break
+    report_run(best, dev_labels, train_set.label2idx, encoder, time.perf_counter() - started)
 
 
 def get_encoder():
@@ -156,6 +178,28 @@ def grouped_batches(attention_mask, seed):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
+def step_shares(batches):
+    """Return for each batch its share of the texts of its optimizer step: the weight of its mean loss there.
+
+    So a step follows the mean over its texts, also where the last batch, or the last step, is not full.
+    """
+    steps = [batches[start:start + accumulation_steps] for start in range(0, len(batches), accumulation_steps)]
+    return [len(batch) / sum(map(len, step)) for step in steps for batch in step]
+
+
+def beside_model(name):
+    """Return the path of a file in the trained model's folder."""
+    return os.path.join(os.path.dirname(save_model_path), name)
+
+
+def log_epoch(row, last_epoch, examples):
+    """Print the line of an epoch."""
+    scores = {name: f"{row[name]:.4f}" for name in
+              ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")}
+    log("epoch", epoch=f"{row['epoch']}/{last_epoch}", **scores, time=f"{row['seconds']:.1f}s",
+        speed=f"{examples / row['seconds']:.1f}examples/s", saved="yes" if row["saved"] else "no")
+
+
 def get_acc_score(y_true_tensor, y_pred_tensor):
     """Return the share of rows in which all C labels are right, at a probability above 0.5; both (N, C).
 
@@ -164,23 +208,130 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.cpu() > 0.5).int().numpy())
 
 
+def evaluate(model, dataloader, criterion):
+    """Return (mean loss, probs, labels) of a model; probs and labels (N, C) on the CPU, in the loader's order."""
+    probs, labels = gather_probs(model, dataloader, choose_precision(precision, device))
+    return criterion(probs, labels).item(), probs, labels
+
+
 def dev(model, dataloader, criterion):
     """Return (mean loss, accuracy) of a model over all batches of `dataloader`. The model is left in eval mode."""
-    probs, labels = gather_probs(model, dataloader, choose_precision(precision, device))
-    return criterion(probs, labels).item(), get_acc_score(labels, probs)
+    loss, probs, labels = evaluate(model, dataloader, criterion)
+    return loss, get_acc_score(labels, probs)
 
 
 def test(model_path, test_data_path):
-    """Return the accuracy of the trained model at `model_path` on a data file; print it with the F1 scores."""
+    """Return the accuracy, at 0.5, of the trained model at `model_path` on a data file; print all scores."""
+    scores, _ = measure(model_path, test_data_path)
+    return scores["at_0.5"]["accuracy"]
+
+
+def measure(model_path, data_path):
+    """Return (scores, errors) of a trained model on a data file, as all_scores and find_errors do; print the scores."""
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
-    dataset = MultiClsDataSet(test_data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
-    batches = load_batches(dataset, by_length(dataset.attention_mask, batch_size))
-    probs, labels = gather_probs(model.to(device), batches, choose_precision(precision, device))
-    accuracy = get_acc_score(labels, probs)
-    micro, macro = (f1_score(labels.numpy(), probs.numpy() > 0.5, average=average, zero_division=0)
-                    for average in ("micro", "macro"))
-    log("test", examples=len(dataset), accuracy=f"{accuracy:.4f}", micro_f1=f"{micro:.4f}", macro_f1=f"{macro:.4f}")
-    return accuracy
+    dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+    batches = by_length(dataset.attention_mask, batch_size)
+    loss, probs, labels = evaluate(model.to(device), load_batches(dataset, batches), nn.BCELoss())
+    names = sorted(label2idx, key=label2idx.get)
+    scores = {"loss": loss, **all_scores(labels, probs, names, getattr(model.bert.config, "thresholds", {}))}
+    log_scores("test", scores)
+    texts = [text for text, _ in read_examples(data_path)]
+    return scores, find_errors([texts[index] for batch in batches for index in batch], labels, probs, names)
+
+
+def by_label(truth, predicted):
+    """Return (precision, recall, F1, support), each (C,), of two bool matrices (N, C); 0 where undefined."""
+    if truth.shape[1] == 1:  # which scikit-learn would take for two classes
+        return precision_recall_fscore_support(truth[:, 0], predicted[:, 0], labels=[True], zero_division=0)
+    return precision_recall_fscore_support(truth, predicted, zero_division=0)
+
+
+def summary(labels, probs, threshold=0.5):
+    """Return {score: value} of probabilities (N, C) above one threshold, or above one for each label (C,).
+
+    In the macro scores a label without examples counts 0, as one that is never found.
+    """
+    truth, predicted = labels.numpy() > 0.5, (probs > threshold).numpy()
+    micro = precision_recall_fscore_support(truth.ravel(), predicted.ravel(), average="binary", zero_division=0)
+    macro = [values.mean() for values in by_label(truth, predicted)]
+    scores = {"accuracy": accuracy_score(truth, predicted), "hamming_loss": hamming_loss(truth, predicted)}
+    for average, values in (("micro", micro), ("macro", macro)):
+        scores.update({f"{average}_{name}": float(v) for name, v in zip(("precision", "recall", "f1"), values)})
+    return scores
+
+
+def all_scores(labels, probs, names, thresholds):
+    """Return {"at_0.5": scores, "at_single": scores, "at_by_label": scores, "by_label": {name: scores at 0.5}}.
+
+    `thresholds` is what tune_thresholds returned; without it only 0.5 is measured.
+    """
+    columns = zip(*by_label(labels.numpy() > 0.5, (probs > 0.5).numpy()))
+    table = {name: dict(precision=float(p), recall=float(r), f1=float(f), support=int(n))
+             for name, (p, r, f, n) in zip(names, columns)}
+    tuned = {f"at_{kind}": summary(labels, probs, torch.tensor(value)) for kind, value in thresholds.items()}
+    return {"at_0.5": summary(labels, probs), **tuned, "by_label": table}
+
+
+def tune_thresholds(labels, probs):
+    """Return {"single": t, "by_label": [t, …]}: what gives the best micro F1, and the best F1 of each label.
+
+    For dev only: chosen on the texts on which they are judged, thresholds always look good.
+    """
+    single = best_threshold(labels, probs)
+    enough = (labels.sum(0) >= tune_from).tolist()
+    return {"single": single, "by_label": [best_threshold(labels[:, c], probs[:, c]) if enough[c] else single
+                                           for c in range(len(enough))]}
+
+
+def best_threshold(labels, probs):
+    """Return the threshold from 0.05 to 0.95 with the best F1 over all entries; among equals the nearest to 0.5."""
+    truth = labels > 0.5
+    best = 0.0, 0.0, 0.5
+    for percent in range(5, 96):
+        predicted = probs > percent / 100
+        f1 = 2 * (predicted & truth).sum().item() / max(1, predicted.sum().item() + truth.sum().item())
+        best = max(best, (f1, -abs(percent - 50), percent / 100))
+    return best[2]
+
+
+def find_errors(texts, labels, probs, names):
+    """Return a dict for each text whose labels at 0.5 are not all right, the most confident mistakes first."""
+    truth = labels > 0.5
+    surprise = torch.where(truth, 1 - probs, probs).max(1).values  # of a text's worst label
+    errors = []
+    for row in surprise.argsort(descending=True, stable=True).tolist():
+        true, predicted = truth[row].tolist(), (probs[row] > 0.5).tolist()
+        if true != predicted:
+            shown = [c for c in range(len(names)) if true[c] or predicted[c]]
+            errors.append({"text": texts[row], "true": [names[c] for c in shown if true[c]],
+                           "predicted": [names[c] for c in shown if predicted[c]],
+                           "probability": {names[c]: round(probs[row, c].item(), 4) for c in shown}})
+    return errors
+
+
+def log_scores(event, scores):
+    """Print what all_scores returned: a line for each kind of threshold, then a line for each label."""
+    for kind in ("at_0.5", "at_single", "at_by_label"):
+        if kind in scores:
+            log(event, threshold=kind.removeprefix("at_"), **{name: f"{v:.4f}" for name, v in scores[kind].items()})
+    for name, row in scores["by_label"].items():
+        log("label", name, precision=f"{row['precision']:.4f}", recall=f"{row['recall']:.4f}", f1=f"{row['f1']:.4f}",
+            support=row["support"])
+
+
+def report_run(best, dev_labels, label2idx, encoder, seconds):
+    """Measure the best epoch on dev and test; write metrics.json and errors.json beside the model."""
+    names = sorted(label2idx, key=label2idx.get)
+    dev_scores = {"loss": -best["score"][1], **all_scores(dev_labels, best["probs"], names, best["thresholds"])}
+    log("best", epoch=best["epoch"], seconds=f"{seconds:.0f}s")
+    test_scores, errors = measure(save_model_path, test_path)
+    constants = {name: value for name, value in globals().items()
+                 if isinstance(value, (str, int, float)) and not name.startswith("_")}
+    dump_jsonl(errors, beside_model("errors.json"))
+    dump_json({"best_epoch": best["epoch"], "seconds": round(seconds, 1), "encoder": encoder,
+               "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+               "constants": constants, "labels": names, "thresholds": best["thresholds"],
+               "dev": dev_scores, "test": test_scores}, beside_model("metrics.json"), indent=1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,11 +23,9 @@ def test_texts_to_labels(trained):
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_results_come_in_the_order_of_the_texts(trained, monkeypatch, batch_size):
     monkeypatch.setattr(predict, "batch_size", batch_size)
-    one_by_one = [predict.predict_pairs([text])[0] for text in TEXTS]
-    together = predict.predict_pairs(TEXTS)
-    assert [[label for label, _ in pairs] for pairs in together] == [["中超", "体育", "股市", "财经"]] * len(TEXTS)
-    torch.testing.assert_close([[p for _, p in pairs] for pairs in together],
-                               [[p for _, p in pairs] for pairs in one_by_one], atol=1e-5, rtol=0)
+    one_by_one = np.concatenate([predict.predict_proba([text]) for text in TEXTS])
+    np.testing.assert_allclose(predict.predict_proba(TEXTS), one_by_one, atol=1e-5)
+    assert predict.predict(TEXTS) == [predict.predict([text])[0] for text in TEXTS]
 
 
 def test_probabilities_are_those_of_the_network(trained):
@@ -34,16 +33,59 @@ def test_probabilities_are_those_of_the_network(trained):
     tensors = tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         probs = model(tensors["input_ids"], tensors["attention_mask"], tensors["token_type_ids"])
-    torch.testing.assert_close([[p for _, p in pairs] for pairs in predict.predict_pairs(TEXTS)], probs.tolist(),
-                               atol=1e-5, rtol=0)
+    assert predict.predict_proba(TEXTS).shape == (len(TEXTS), 4)
+    np.testing.assert_allclose(predict.predict_proba(TEXTS), probs, atol=1e-5)
 
 
 def test_no_texts_give_no_labels_and_load_no_model(project):
     assert predict.predict([]) == []
 
 
+def test_no_texts_give_no_rows(trained):
+    assert predict.predict_proba([]).shape == (0, 4)
+
+
+PROBS = np.array([[0.9, 0.2, 0.6], [0.1, 0.4, 0.3], [0.5, 0.5, 0.5]])
+
+
+@pytest.mark.parametrize("threshold, at_least, at_most, chosen", [
+    (0.5, 0, None, [[0, 2], [], []]),
+    (0.5, 1, None, [[0, 2], [1], [0]]),
+    (0.5, 2, None, [[0, 2], [1, 2], [0, 1]]),
+    (0.5, 0, 1, [[0], [], []]),
+    (0.5, 1, 1, [[0], [1], [0]]),
+    (0.35, 0, 2, [[0, 2], [1], [0, 1]]),
+    ([0.95, 0.1, 0.7], 1, None, [[1], [1], [1]]),  # a label above its own threshold comes before a likelier one
+    (0.5, 9, None, [[0, 1, 2]] * 3),
+])
+def test_labels_are_chosen_by_threshold_and_number(monkeypatch, threshold, at_least, at_most, chosen):
+    monkeypatch.setattr(predict, "min_labels", at_least)
+    monkeypatch.setattr(predict, "max_labels", at_most)
+    kept = predict.choose_labels(PROBS, np.array(threshold))
+    assert [np.flatnonzero(row).tolist() for row in kept] == chosen
+
+
+def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
+    probs = predict.predict_proba(["股市大涨"])[0]
+    config = predict.trained_model(predict.save_model_path, predict.label2idx_path, "cpu")[0].bert.config
+    assert len(config.thresholds["by_label"]) == 4
+    monkeypatch.setattr(config, "thresholds", {"by_label": [float(probs[0]) - 1e-4, 1.0, 1.0, float(probs[3]) - 1e-4]})
+    monkeypatch.setattr(predict, "threshold", "tuned")
+    assert predict.predict(["股市大涨"]) == [["中超", "财经"]]
+    monkeypatch.setattr(config, "thresholds", {})
+    with pytest.raises(InputError, match="no tuned thresholds beside ./model"):
+        predict.predict(["股市大涨"])
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, "best", None])
+def test_a_threshold_out_of_range_is_an_error(trained, monkeypatch, threshold):
+    monkeypatch.setattr(predict, "threshold", threshold)
+    with pytest.raises(InputError, match="threshold = "):
+        predict.predict(["中超"])
+
+
 @pytest.mark.parametrize("texts, message", [("中超", r"wrap the one text in a list: predict\(\['中超'\]\)"),
-                                            (["中超", None], "one of them is None"), ([b"a"], "one of them is b'a'")])
+                                            ("", "wrap"), (["中超", None], "one of them is None"), ([b"a"], "one of them is b'a'")])
 def test_what_is_no_list_of_texts_is_an_error(project, texts, message):
     with pytest.raises(InputError, match=message):
         predict.predict(texts)
@@ -58,7 +100,7 @@ def test_constants_are_obeyed_when_set_from_outside(trained, monkeypatch):
     monkeypatch.setattr(predict, "threshold", 0.0)
     assert predict.predict(["今日"]) == [["中超", "体育", "股市", "财经"]]
     monkeypatch.setattr(predict, "max_len", 6)
-    assert predict.predict_pairs(["股市大涨今日中超"]) == predict.predict_pairs(["股市大涨"])
+    np.testing.assert_allclose(predict.predict_proba(["股市大涨今日中超"]), predict.predict_proba(["股市大涨"]), atol=1e-6)
     shutil.move("model", "elsewhere")
     monkeypatch.setattr(predict, "save_model_path", "./elsewhere/multi_label_cls.pth")
     monkeypatch.setattr(predict, "threshold", 0.5)

@@ -1,13 +1,17 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn as nn
+from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader
 
 import bert_multilabel_cls
+import data_preprocess
 import train
 from bert_multilabel_cls import BertMultiLabelCls, load_model
 from conftest import root, write_jsonl
@@ -73,7 +77,7 @@ def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys)
         monkeypatch.setattr(train, name, value)
     train.train()
     printed = capsys.readouterr().out
-    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 lr=0.005 seed=1" in printed
+    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 " in printed
     assert "train=48 dev=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
     assert train.test("./out/best.pth", "./data/test.json") == 1
     assert not (project / "model").exists()
@@ -95,13 +99,148 @@ def test_the_first_evaluation_saves_even_at_accuracy_0(project, monkeypatch):
     assert os.path.exists("model/multi_label_cls.pth")
 
 
-def test_the_better_loss_wins_among_equal_accuracies(project, monkeypatch, capsys):
-    results = iter([(0.6, 0.0), (0.5, 0.0), (0.7, 0.0), (0.9, 0.5), (0.1, 0.25)])
-    monkeypatch.setattr(train, "epochs", 5)
-    monkeypatch.setattr(train, "dev", lambda *_: next(results))
+def scripted(monkeypatch, results):
+    """Make the dev evaluations return these (loss, accuracy) pairs, one for each epoch."""
+    labels = torch.zeros(4, 4)
+    probs = {accuracy: torch.full((4, 4), 0.4) for _, accuracy in results}
+    for accuracy, rows in probs.items():
+        rows[round(4 * accuracy):] = 0.6  # wrong in all rows but this share
+    evaluations = iter([(loss, probs[accuracy], labels) for loss, accuracy in results])
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: next(evaluations, None) or real(*a))
+    monkeypatch.setattr(train, "epochs", len(results))
+
+
+def saved_epochs():
+    return [row["epoch"] for row in (json.loads(line) for line in open("model/history.json")) if row["saved"]]
+
+
+@pytest.mark.parametrize("metric, saved", [("accuracy", [1, 2, 4]), ("loss", [1, 2, 5])])
+def test_the_better_loss_wins_among_equal_scores(project, monkeypatch, metric, saved):
+    scripted(monkeypatch, [(0.6, 0.0), (0.5, 0.0), (0.7, 0.0), (0.9, 0.5), (0.1, 0.25)])
+    monkeypatch.setattr(train, "best_metric", metric)
     train.train()
-    saved = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    assert saved == ["saved=yes", "saved=yes", "saved=no", "saved=yes", "saved=no"]
+    assert saved_epochs() == saved
+
+
+@pytest.mark.parametrize("patience, trained", [(0, 6), (1, 2), (2, 5)])
+def test_patience_stops_after_so_many_epochs_without_a_better_one(project, monkeypatch, patience, trained):
+    scripted(monkeypatch, [(0.5, 0.25), (0.5, 0.0), (0.4, 0.5), (0.5, 0.0), (0.5, 0.0), (0.1, 0.75)])
+    monkeypatch.setattr(train, "patience", patience)
+    train.train()
+    assert len(open("model/history.json").readlines()) == trained
+
+
+def test_without_the_prior_the_first_epochs_predict_nothing(project, monkeypatch):
+    """16 labels, seeds fixed: micro F1 of the first two epochs with the prior, and with all biases at 0 instead."""
+    signs = "中超股市今日开赛大涨球门得分基金"
+    write_jsonl("data/train.json", [(f"{a}{b}{c}", [a]) for a in signs for b in signs for c in signs[::4]])
+    write_jsonl("data/dev.json", [(f"{a}{b}今", [a]) for a in signs for b in signs[::3]])
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    shutil.copy("data/dev.json", "data/test.json")
+    for name, value in dict(lr=8e-3, batch_size=8, seed=1).items():
+        monkeypatch.setattr(train, name, value)
+    micro_f1 = {}
+    for prior in (True, False):
+        if not prior:
+            monkeypatch.setattr(train, "start_at_prior", lambda fc, labels: nn.init.zeros_(fc.bias))
+        train.train()
+        micro_f1[prior] = [json.loads(line)["micro_f1"] for line in open("model/history.json")]
+    assert micro_f1[True][0] > micro_f1[False][0] == 0 and micro_f1[True][1] > micro_f1[False][1] + 0.3, micro_f1
+
+
+@pytest.mark.parametrize("batch_size, accumulation, steps", [(4, 3, 4), (5, 4, 3), (48, 1, 1), (7, 100, 1)])
+def test_steps_and_schedule_are_right_with_accumulation(project, monkeypatch, capsys, batch_size, accumulation, steps):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: rates.append(self.param_groups[0]["lr"])
+                        or step(self, *a, **k))
+    for name, value in dict(batch_size=batch_size, accumulation_steps=accumulation, warmup_ratio=0.0, epochs=3).items():
+        monkeypatch.setattr(train, name, value)
+    train.train()
+    assert f"steps_per_epoch={steps} " in capsys.readouterr().out
+    assert rates == pytest.approx([train.lr * (1 - n / (3 * steps)) for n in range(3 * steps)])
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypatch):
+    """Also where the last batch is smaller: 48 texts in batches of 48, or of 9, 9, 9, 9, 9, 3."""
+    states = []
+    for batch_size, accumulation in ((48, 1), (9, 6)):
+        for name, value in dict(batch_size=batch_size, accumulation_steps=accumulation, dropout=0.0, epochs=1,
+                                warmup_ratio=0.0, save_model_path=f"./out{batch_size}/m.pth").items():
+            monkeypatch.setattr(train, name, value)
+        monkeypatch.setattr(BertMultiLabelCls, "train", lambda self, mode=True: nn.Module.train(self, False))  # no dropout
+        train.train()
+        states.append(load_model(train.save_model_path, "")[0].state_dict())
+    torch.testing.assert_close(*states, atol=1e-4, rtol=0)
+
+
+TRUTH = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
+PROBS = torch.tensor([[0.9, 0.6, 0.1], [0.3, 0.8, 0.1], [0.2, 0.4, 0.1], [0.1, 0.1, 0.1]])
+
+
+def test_summary_is_what_scikit_learn_says():
+    scores = train.summary(TRUTH, PROBS)
+    # per label: 1 of 1 right and 1 of 2 found; 1 of 2 right and 1 of 2 found; no example, nothing predicted
+    assert scores == pytest.approx(dict(accuracy=0.25, hamming_loss=3 / 12, micro_precision=2 / 3, micro_recall=0.5,
+                                        micro_f1=4 / 7, macro_precision=0.5, macro_recall=1 / 3,
+                                        macro_f1=(2 / 3 + 1 / 2 + 0) / 3))
+    truth, predicted = TRUTH.numpy(), (PROBS > 0.5).numpy()
+    assert scores["micro_f1"] == pytest.approx(f1_score(truth, predicted, average="micro"))
+    assert scores["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
+
+
+def test_one_label_is_measured_as_that_label():
+    scores = train.summary(TRUTH[:, :1], PROBS[:, :1])
+    assert (scores["micro_f1"], scores["macro_f1"]) == pytest.approx((2 / 3, 2 / 3))
+    assert train.all_scores(TRUTH[:, :1], PROBS[:, :1], ["a"], {})["by_label"]["a"]["support"] == 2
+
+
+def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(monkeypatch):
+    monkeypatch.setattr(train, "tune_from", 2)
+    tuned = train.tune_thresholds(TRUTH, PROBS)
+    assert 0.2 <= tuned["by_label"][0] < 0.3  # finds both examples of the first label, and no more
+    assert tuned["by_label"][2] == tuned["single"]  # no example
+    best = max(train.summary(TRUTH, PROBS, t / 100)["micro_f1"] for t in range(5, 96))
+    assert train.summary(TRUTH, PROBS, tuned["single"])["micro_f1"] == pytest.approx(best)
+    scores = train.all_scores(TRUTH, PROBS, ["a", "b", "c"], tuned)
+    assert scores["at_by_label"]["micro_f1"] >= scores["at_0.5"]["micro_f1"]
+
+
+def test_among_equal_thresholds_the_nearest_to_one_half_is_taken():
+    assert train.best_threshold(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.1])) == 0.5
+
+
+def test_errors_come_with_the_most_confident_first():
+    errors = train.find_errors(["a", "b", "c", "d"], TRUTH, PROBS, ["x", "y", "z"])
+    assert errors == [{"text": "b", "true": ["x", "y"], "predicted": ["y"], "probability": {"x": 0.3, "y": 0.8}},
+                      {"text": "a", "true": ["x"], "predicted": ["x", "y"], "probability": {"x": 0.9, "y": 0.6}},
+                      {"text": "c", "true": ["y"], "predicted": [], "probability": {"y": 0.4}}]
+
+
+def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
+    write_jsonl("data/test.json", [("中超开赛", ["体育"]), ("今日", ["财经", "股市"])])
+    train.train()
+    printed = capsys.readouterr().out
+    metrics = data_preprocess.load_json("model/metrics.json")
+    assert metrics["constants"]["lr"] == 1e-3 and metrics["versions"]["torch"] == torch.__version__
+    assert metrics["test"]["by_label"]["体育"]["support"] == 1 and metrics["seconds"] > 0
+    assert metrics["test"]["at_0.5"]["accuracy"] == train.test(train.save_model_path, train.test_path)
+    assert metrics["labels"] == ["中超", "体育", "股市", "财经"] and len(metrics["thresholds"]["by_label"]) == 4
+    assert {"at_0.5", "at_single", "at_by_label", "by_label", "loss"} == metrics["dev"].keys() == metrics["test"].keys()
+    history = [json.loads(line) for line in open("model/history.json")]
+    best = history[metrics["best_epoch"] - 1]
+    assert best["saved"] and best["micro_f1"] == metrics["dev"]["at_0.5"]["micro_f1"]
+    errors = [json.loads(line) for line in open("model/errors.json", encoding="utf-8")]
+    assert all(row["text"] in ("中超开赛", "今日") and row["true"] != row["predicted"] for row in errors)
+    assert "test     threshold=0.5 accuracy=" in printed.replace("  threshold", " threshold")
+    assert printed.count("\nlabel ") == 4
+
+
+def test_an_unknown_best_metric_is_an_error(project, monkeypatch):
+    monkeypatch.setattr(train, "best_metric", "f1")
+    with pytest.raises(InputError, match="best_metric = 'f1'"):
+        train.train()
 
 
 def test_a_chosen_encoder_is_what_is_trained(project, monkeypatch, encoder_folder):
