@@ -9,6 +9,7 @@ from scratch here. A trained model is a folder that needs nothing else to predic
     model/tokenizer*.json         the tokenizer
 """
 import copy
+import hashlib
 import os
 import re
 import tempfile
@@ -22,7 +23,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from transformers import AddedToken, BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data_preprocess import InputError, load_label2idx, whole_file
+from data_preprocess import InputError, load_json, load_label2idx, whole_file
 
 shipped_model = "bert-base-chinese"  # leave as it is: without a network only this one is replaced, by a small BERT
 pretrained_model = shipped_model  # any BERT: a Hugging Face id, or a folder written by save_pretrained
@@ -31,6 +32,7 @@ hub_seconds = 8  # how long the hub may take to answer before it counts as out o
 # The small BERT from scratch.
 scratch_config = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
 scratch_pieces = 4000  # at most this many pieces of 2 to 4 Chinese characters, and as many words of other scripts
+scratch_characters = 512  # of each text
 scratch_min_count = 4  # a piece or word stands at least this often in the training texts
 scratch_window = 5  # tokens at most this far apart count as neighbours
 scratch_texts = 20_000  # vocabulary and neighbours are counted on about this many texts
@@ -65,29 +67,38 @@ class BertMultiLabelCls(nn.Module):
 
 
 @contextmanager
-def without_bars():
-    """Hold back the progress bars that transformers draws around loading and saving, which take no time here."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def locally():
+    """Have transformers load and save files without asking the hub, and without progress bars for what takes no time.
+
+    Left to itself without a network, from_pretrained retries for minutes.
+    """
+    offline, bars = constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
+    constants.HF_HUB_OFFLINE = True
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        constants.HF_HUB_OFFLINE = offline
+        if bars:
             transformers_logging.enable_progress_bar()
 
 
-@without_bars()
 def load_pretrained(part, name):
     """Return `part.from_pretrained` of an encoder; `part` is BertModel (given in float32), BertTokenizer or BertConfig.
 
-    Raises InputError, within `hub_seconds` if there is no network, if it cannot be had.
+    Raises InputError, within `hub_seconds` if there is no network, if it cannot be had or is not a BERT.
     """
     folder, tried = find_encoder(name)
+    if folder:
+        kind = load_json(os.path.join(folder, "config.json")).get("model_type", "bert")
+        if kind != "bert":
+            raise InputError(f'{name}: its model_type is "{kind}", but only "bert" is supported')
     try:
-        # Left to itself without a network, from_pretrained retries for minutes.
-        loaded = part.from_pretrained(folder) if folder else part.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(tried or f"{name}: cannot be loaded ({first_line(error)})") from None
+        with locally():
+            loaded = part.from_pretrained(folder or name)
+    except Exception as error:  # each format of the weights has errors of its own
+        raise InputError(tried or f"{name}: cannot be loaded ({first_line(error)}); is the download complete, and "
+                         "are the weights more than a Git LFS pointer?") from None
     if isinstance(loaded, nn.Module):
         return loaded.float()  # a checkpoint stored in float16 would be trained in float16
     if hasattr(loaded, "all_special_tokens") and len(loaded) <= len(loaded.all_special_tokens):
@@ -109,13 +120,18 @@ def find_encoder(name):
     except (OSError, ValueError):  # not cached; ValueError: no possible id on the hub, such as ./model/none
         pass
     try:
-        return snapshot_download(name, allow_patterns=encoder_files(files_on_hub(name))), ""
+        names = files_on_hub(name)
     except Exception as error:  # whatever the network, a proxy or the hub may answer
         return None, (
             f"the encoder {name} cannot be had: no folder of that name; not in the cache {constants.HF_HUB_CACHE}; "
             f"the hub {constants.ENDPOINT} says: {first_line(error)}. To get it, set a mirror in the environment "
             "(HF_ENDPOINT=https://hf-mirror.com), or copy its config.json, vocab.txt and model.safetensors into a "
             "folder and set pretrained_model in bert_multilabel_cls.py to that folder")
+    try:
+        return snapshot_download(name, allow_patterns=encoder_files(names)), ""
+    except (OSError, ValueError) as error:  # a half-finished download is no reason to train something else
+        raise InputError(f"{name}: the hub has it, but the download failed ({first_line(error)}); run again, it "
+                         "goes on where it stopped") from None
 
 
 def files_on_hub(name):
@@ -159,7 +175,7 @@ def build_scratch_encoder(texts, folder, seed=0):
 
     The same texts and seed always give the same files.
     """
-    texts = texts[::max(1, len(texts) // scratch_texts)]
+    texts = [text[:scratch_characters] for text in texts[::max(1, len(texts) // scratch_texts)]]
     tokenizer = scratch_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -185,7 +201,8 @@ def scratch_tokenizer(texts):
         for character in word:
             characters[character] += count
     # A character seen once becomes [UNK], so that the network learns what to make of unknown ones.
-    singles = sorted(character for character, count in characters.items() if count > 1)
+    singles = sorted(character for character, count in characters.items() if count > 1) or sorted(characters)
+    words = Counter({word: count for word, count in words.items() if len(word) > 1})
     inner = [f"##{character}" for character in singles if not re.match(chinese, character)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *inner, *most_common(words)]
     tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(dict.fromkeys(vocabulary))})
@@ -213,7 +230,7 @@ def start_from_neighbours(embeddings, sequences):
 
     Positive pointwise mutual information of neighbours, reduced to H dimensions by a singular value
     decomposition (Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization",
-    section 5): tokens that stand in like company start alike, before the first label is seen.
+    section 4.2): tokens that stand in like company start alike, before the first label is seen.
     """
     flat = torch.tensor([token for ids in sequences for token in (*ids, *[-1] * scratch_window)])  # -1 ends a text
     near = [(flat[:-distance], flat[distance:]) for distance in range(1, scratch_window + 1)]
@@ -231,16 +248,17 @@ def start_from_neighbours(embeddings, sequences):
     vectors, values, _ = torch.svd_lowrank(matrix, q=min(width, size), niter=4)
     vectors = vectors * values.sqrt()
     seen = total > 0
+    if not vectors[seen].std() > 0:
+        return  # no pair of tokens is more frequent than chance
     with torch.no_grad():
         vectors *= embeddings.std() / vectors[seen].std()
         embeddings[seen, :vectors.shape[1]] = vectors[seen]
 
 
-@without_bars()
 def save_pretrained_whole(part, folder):
     """Write a model, tokenizer or configuration to `folder` as its save_pretrained does, each file whole."""
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with locally(), tempfile.TemporaryDirectory(dir=folder) as temporary:
         part.save_pretrained(temporary)
         for name in os.listdir(temporary):
             with whole_file(os.path.join(folder, name)) as target:
@@ -255,14 +273,20 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
     folder = os.path.dirname(model_path) or "."
     config = copy.deepcopy(model.bert.config)
     config.update(dict(id2label={column: label for label, column in label2idx.items()}, label2id=label2idx,
-                       problem_type="multi_label_classification", thresholds=thresholds or {}))
+                       problem_type="multi_label_classification", thresholds=thresholds or {}, dtype="float32",
+                       classifier_sha256=fingerprint(model.state_dict())))
     save_pretrained_whole(config, folder)
     save_pretrained_whole(tokenizer, folder)
     with whole_file(model_path) as temporary:
         torch.save(model.state_dict(), temporary)
 
 
-@without_bars()
+def fingerprint(state):
+    """Return a hash of the classifier in a state dict: it ties the labels in config.json to these weights."""
+    weight, bias = (state[name].cpu().numpy().tobytes() for name in ("fc.weight", "fc.bias"))
+    return hashlib.sha256(weight + bias).hexdigest()
+
+
 def load_model(model_path, label2idx_path):
     """Return (model, tokenizer, label2idx) of a trained model's folder; needs no network.
 
@@ -272,7 +296,13 @@ def load_model(model_path, label2idx_path):
     """
     folder = os.path.dirname(model_path) or "."
     state = load_state(model_path)
-    complete = os.path.exists(os.path.join(folder, "config.json"))
+    config_path = os.path.join(folder, "config.json")
+    written_for = load_json(config_path).get("classifier_sha256") if os.path.exists(config_path) else None
+    if written_for not in (None, fingerprint(state)):
+        raise InputError(f"{model_path}: is not the model that {config_path} was written for, so its labels are "
+                         "unknown; train again, or move config.json away to use "
+                         f"{label2idx_path} and the encoder {pretrained_model}")
+    complete = written_for is not None
     encoder = folder if complete else pretrained_model
     config = load_pretrained(BertConfig, encoder)
     tokenizer = load_pretrained(BertTokenizer, encoder)
@@ -282,8 +312,8 @@ def load_model(model_path, label2idx_path):
                          f"{folder if complete else label2idx_path}; they belong to different runs")
     bert = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
     try:
-        # Given a state dict, from_pretrained spends no time on random weights that would be overwritten.
-        bert = BertModel.from_pretrained(None, config=config, state_dict=bert)
+        with locally():  # given a state dict, from_pretrained spends no time on random weights
+            bert = BertModel.from_pretrained(None, config=config, state_dict=bert, dtype=torch.float32)
         model = BertMultiLabelCls(None, len(label2idx), bert=bert)
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -298,7 +328,7 @@ def load_state(model_path):
     try:
         state = torch.load(model_path, map_location="cpu", weights_only=True)
         state.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
-        state["fc.bias"]
+        fingerprint(state)
     except Exception as error:  # torch.load has no one kind of error for a file that is cut short or hostile
         raise InputError(f"{model_path}: not a checkpoint of this project ({first_line(error)})") from None
     return state
@@ -337,8 +367,8 @@ def gather_probs(model, batches, precision="fp32"):
     model.eval()
     device = model.fc.weight.device
     probs, labels = [], []
-    for *inputs, in batches:
+    for batch in batches:
         with mixed(device, precision):
-            probs.append(model(*(tensor.to(device, non_blocking=True) for tensor in inputs[:3])))
-        labels.extend(inputs[3:])
+            probs.append(model(*(tensor.to(device, non_blocking=True) for tensor in batch[:3])))
+        labels.extend(batch[3:])
     return torch.cat(probs).cpu(), torch.cat(labels).cpu() if labels else None

@@ -26,8 +26,9 @@ class MultiClsDataSet(Dataset):
     def __init__(self, data_path, max_len=128, label2idx_path="./data/label2idx.json", tokenizer=None, label2idx=None):
         self.label2idx = load_label2idx(label2idx_path) if label2idx is None else label2idx
         self.class_num = len(self.label2idx)
-        self.tokenizer = tokenizer or bert_multilabel_cls.load_pretrained(
-            BertTokenizer, bert_multilabel_cls.pretrained_model)
+        if tokenizer is None:
+            tokenizer = bert_multilabel_cls.load_pretrained(BertTokenizer, bert_multilabel_cls.pretrained_model)
+        self.tokenizer = tokenizer
         self.max_len = max_len
         self.input_ids, self.token_type_ids, self.attention_mask, self.labels = self.encoder(data_path)
 
@@ -70,13 +71,13 @@ def by_length(attention_mask, batch_size):
     return [batch.tolist() for batch in order.split(batch_size)]
 
 
-def load_batches(dataset, batches):
+def load_batches(dataset, batches, device="cpu"):
     """Return a loader of `dataset` in the given lists of indices, each batch cut to its own longest text.
 
-    A batch is one index operation on the dataset. On a machine with a GPU it lies in pinned memory.
+    A batch is one index operation on the dataset. For a GPU it lies in pinned memory, from which it is copied faster.
     """
     return DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=cut_to_longest,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.device(device).type == "cuda")
 
 
 def cut_to_longest(batch):

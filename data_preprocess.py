@@ -28,6 +28,8 @@ class InputError(ValueError):
 
 def run_script(main):
     """Call `main()`. An InputError becomes one line on stderr and exit code 1, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # where a console or pipe cannot show Chinese
     try:
         main()
     except InputError as error:
@@ -129,7 +131,8 @@ def parse_line(place, line):
     if line.lstrip().startswith(b"["):
         raise InputError(f"{place}: a JSON array; write one object a line instead, without [ ] around")
     if isinstance(item, Exception):
-        raise InputError(f"{place}: not JSON ({item}); each line holds one whole object")
+        fault = f"{item.msg} at character {item.pos + 1}" if isinstance(item, json.JSONDecodeError) else item
+        raise InputError(f"{place}: not JSON ({fault}); each line holds one whole object")
     if not isinstance(item, dict):
         raise InputError(f'{place}: not an object; each line looks like {{"text": "...", "label": ["..."]}}')
     return item
@@ -154,10 +157,7 @@ def check_text(place, item):
     text = item.get("text")
     if not isinstance(text, str):
         raise InputError(f'{place}: "text" must be a string, but is {shown(item, "text")}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f'{place}: "text" holds half a character (a lone \\ud8xx–\\udfxx escape)') from None
+    check_whole(place, text)
     return text
 
 
@@ -170,7 +170,16 @@ def check_labels(place, item):
     for label in labels:
         if not isinstance(label, str) or not label.strip():
             raise InputError(f"{place}: each label must be a string that is not blank, but one is {label!r:.40}")
+        check_whole(place, label)
     return labels
+
+
+def check_whole(place, string):
+    """Raise InputError if a string holds half of a surrogate pair: no file and no tokenizer takes that."""
+    try:
+        string.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: half a character (a lone \\ud8xx or \\udcxx escape) in {string!r:.60}") from None
 
 
 def shown(item, key):
@@ -181,12 +190,12 @@ def shown(item, key):
 def covering_max_len(lengths, ratio):
     """Return the smallest max_len, in tokens, that holds at least `ratio` of the texts uncut.
 
-    `lengths` counts characters: a Chinese character is one token; other scripts need fewer tokens.
+    `lengths` counts characters: a Chinese character is one token; other scripts mostly need fewer tokens.
     Raises InputError unless 0 < ratio <= 1.
     """
     if not 0 < ratio <= 1:
         raise InputError(f"max_len_ratio = {ratio}: must be above 0 and at most 1")
-    covered = math.ceil(round(len(lengths) * ratio, 6))  # rounded: 10 * 0.7 is 7.000000000000001
+    covered = max(1, math.ceil(round(len(lengths) * ratio, 6)))  # rounded: 10 * 0.7 is 7.000000000000001
     return sorted(lengths)[covered - 1] + special_tokens
 
 
@@ -207,7 +216,7 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9):
     dump_json({label: column for column, label in enumerate(sorted(counts))}, label2idx_path)
     log("texts", count=len(lengths), labels=len(counts), labels_per_text=f"{sum(sizes) / len(sizes):.2f}",
         fewest=min(sizes), most=max(sizes), without_label=sizes.count(0))
-    log("length", max_len=max_len, covers=f"{max_len_ratio:.0%}", longest=max(lengths) + special_tokens)
+    log("length", max_len=max_len, covers=f"{100 * max_len_ratio:g}%", longest=max(lengths) + special_tokens)
     rare = {label: count for label, count in sorted(counts.items()) if count < rare_below}
     log("rare", labels=len(rare), fewer_than=f"{rare_below}_examples", names=json.dumps(rare, ensure_ascii=False))
     log("wrote", path=label2idx_path)

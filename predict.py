@@ -4,6 +4,8 @@ reads   ./model/    what `python train.py` wrote
 run     python predict.py    or, from Python:  from predict import predict;  predict(["...", "..."])
 """
 import functools
+import os
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from bert_multilabel_cls import gather_probs, load_model
 from data_helper import by_length, encode, load_batches
-from data_preprocess import InputError, run_script
+from data_preprocess import InputError, check_whole, run_script
 
 save_model_path = "./model/multi_label_cls.pth"
 label2idx_path = "./data/label2idx.json"  # read only where no config.json lies beside the model
@@ -37,11 +39,11 @@ def predict(texts):
 
 def predict_pairs(texts):
     """Return for each text a list of (label, probability): the labels that it gets, in label order."""
-    check_texts(texts)
-    if len(texts) == 0:
+    texts = check_texts(texts)
+    if not texts:
         return []
     probs = predict_proba(texts)
-    model, _, label2idx = trained_model(save_model_path, label2idx_path, device)
+    model, _, label2idx = trained_model()
     labels = sorted(label2idx, key=label2idx.get)
     chosen = choose_labels(probs, thresholds(model.bert.config))
     return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)] for row, kept in zip(probs, chosen)]
@@ -49,32 +51,37 @@ def predict_pairs(texts):
 
 def predict_proba(texts):
     """Return the probabilities of all labels, (N, C) float32, columns in label order. Raises as `predict` does."""
-    check_texts(texts)
-    model, tokenizer, label2idx = trained_model(save_model_path, label2idx_path, device)
+    texts = check_texts(texts)
+    model, tokenizer, label2idx = trained_model()
     probs = np.empty((len(texts), len(label2idx)), dtype=np.float32)
-    if len(texts):
+    if texts:
         dataset = TensorDataset(*encode(tokenizer, texts, max_len))
         batches = by_length(dataset.tensors[1], batch_size)
         order = [index for batch in batches for index in batch]
-        probs[order] = gather_probs(model, load_batches(dataset, batches))[0].numpy()
+        probs[order] = gather_probs(model, load_batches(dataset, batches, device))[0].numpy()
     return probs
 
 
 def check_texts(texts):
-    """Raise InputError unless `texts` is a list, or another sequence, of strings."""
+    """Return `texts` as a list. Raises InputError unless it is a list, or something else that gives strings."""
     if isinstance(texts, str):
         raise InputError(f"predict takes a list of texts; wrap the one text in a list: predict([{texts[:20]!r}])")
-    wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong:
-        raise InputError(f"predict takes a list of strings, but one of them is {wrong[0]!r:.40}")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"predict takes a list of texts, but got {texts!r:.40}")
+    texts = list(texts)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InputError(f"predict takes a list of strings, but text {number} is {text!r:.40}")
+        check_whole(f"text {number}", text)
+    return texts
 
 
 def thresholds(config):
     """Return the threshold, or one for each label, that the constant `threshold` asks for."""
     if threshold == "tuned":
         if not getattr(config, "thresholds", None):
-            raise InputError(f'threshold = "tuned": there are no tuned thresholds beside {save_model_path}; train again, '
-                             "or set a number")
+            raise InputError(f'threshold = "tuned": no tuned thresholds lie beside {save_model_path}; train again, or set '
+                             "a number")
         return np.array(config.thresholds["by_label"], dtype=np.float32)
     if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise InputError(f'threshold = {threshold!r}: must be a number from 0 to 1, or "tuned"')
@@ -88,9 +95,15 @@ def choose_labels(probs, threshold):
     return (above | (rank < min_labels)) & (rank < (probs.shape[1] if max_labels is None else max_labels))
 
 
+def trained_model():
+    """Return (model on `device`, tokenizer, label2idx); loaded at the first call, and again after a training."""
+    written = os.stat(save_model_path).st_mtime_ns if os.path.exists(save_model_path) else None
+    return load_once(save_model_path, label2idx_path, device, written)
+
+
 @functools.lru_cache(maxsize=1)
-def trained_model(save_model_path, label2idx_path, device):
-    """Return (model on `device`, tokenizer, label2idx); loaded at the first call, then kept."""
+def load_once(save_model_path, label2idx_path, device, written):
+    """Return what trained_model does; `written`, the time of the file, only tells one model from the next."""
     model, tokenizer, label2idx = load_model(save_model_path, label2idx_path)
     return model.to(device), tokenizer, label2idx
 

@@ -24,7 +24,7 @@ import bert_multilabel_cls
 from bert_multilabel_cls import (BertMultiLabelCls, build_scratch_encoder, choose_precision, find_encoder, gather_probs,
                                  load_model, load_pretrained, mixed, save_model)
 from data_helper import MultiClsDataSet, by_length, load_batches
-from data_preprocess import InputError, dump_json, dump_jsonl, log, read_examples, run_script
+from data_preprocess import InputError, dump_json, dump_jsonl, load_label2idx, log, read_examples, run_script
 
 # Files. The encoder's name is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -68,23 +68,26 @@ def train():
     started = time.perf_counter()
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: must be "accuracy", "micro_f1", "macro_f1" or "loss"')
+    mode = choose_precision(precision, device)
+    label2idx = load_label2idx(label2idx_path)
+    sizes = {name: sum(1 for _ in read_examples(path, label2idx))  # a fault in a file is said now, not after hours
+             for name, path in (("train", train_path), ("dev", dev_path), ("test", test_path))}
     torch.manual_seed(seed)
     encoder, peak_lr, last_epoch = get_encoder()
     tokenizer = load_pretrained(BertTokenizer, encoder)
-    train_set = MultiClsDataSet(train_path, max_len, label2idx_path, tokenizer)
-    dev_set = MultiClsDataSet(dev_path, max_len, label2idx_path, tokenizer)
-    dev_batches = load_batches(dev_set, by_length(dev_set.attention_mask, batch_size))
+    train_set = MultiClsDataSet(train_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+    dev_set = MultiClsDataSet(dev_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+    dev_batches = load_batches(dev_set, by_length(dev_set.attention_mask, batch_size), device)
 
     model = BertMultiLabelCls(None, train_set.class_num, dropout, load_pretrained(BertModel, encoder))
     start_at_prior(model.fc, train_set.labels)
     model.to(device)
-    mode = choose_precision(precision, device)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
     steps = math.ceil(math.ceil(len(train_set) / batch_size) / accumulation_steps)  # of the optimizer, in an epoch
     optimizer = torch.optim.AdamW(decay_groups(model), lr=peak_lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * steps * last_epoch), steps * last_epoch)
     criterion = nn.BCELoss()
-    log("data", train=len(train_set), dev=len(dev_set), labels=train_set.class_num, max_len=f"{max_len}_tokens")
+    log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens")
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode)
     log("plan", epochs=last_epoch, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
@@ -97,7 +100,7 @@ def train():
         batches = grouped_batches(train_set.attention_mask, seed + epoch)
         shares = step_shares(batches)
         bar = tqdm(total=len(train_set), desc=f"epoch {epoch}/{last_epoch}", unit="ex", leave=False, disable=None)
-        for step, batch in enumerate(load_batches(train_set, batches), 1):
+        for step, batch in enumerate(load_batches(train_set, batches, device), 1):
             *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             with mixed(device, mode):
                 probs = model(*inputs)
@@ -112,25 +115,25 @@ def train():
                 optimizer.zero_grad()
             total_loss += loss.detach() * len(labels)
             bar.update(len(labels))
-            if step % 20 == 0:  # reading the loss waits for the GPU
+            if step % 20 == 1:  # reading the loss waits for the GPU
                 bar.set_postfix(loss=f"{loss.item():.4f}")
         bar.close()
         row = dict(epoch=epoch, train_loss=total_loss.item() / len(train_set), seconds=time.perf_counter() - start)
 
-        dev_loss, dev_probs, dev_labels = evaluate(model, dev_batches, criterion)
+        dev_loss, dev_probs, dev_labels = evaluate(model, dev_batches, criterion, mode)
         row.update(dev_loss=dev_loss, **summary(dev_labels, dev_probs))
         score = -dev_loss if best_metric == "loss" else row[best_metric], -dev_loss  # all 0 at first: the loss decides
         row["saved"] = best is None or score > best["score"]
         if row["saved"]:
             best = dict(score=score, epoch=epoch, thresholds=tune_thresholds(dev_labels, dev_probs), probs=dev_probs)
-            save_model(model, tokenizer, train_set.label2idx, save_model_path, best["thresholds"])
+            save_model(model, tokenizer, label2idx, save_model_path, best["thresholds"])
         history.append(row)
         dump_jsonl(history, beside_model("history.json"))
         log_epoch(row, last_epoch, len(train_set))
         if patience and epoch - best["epoch"] >= patience:
             log("stop", f"no better {best_metric} in {patience} epochs")
             break
-    report_run(best, dev_labels, train_set.label2idx, encoder, time.perf_counter() - started)
+    report_run(best, dev_labels, label2idx, encoder, time.perf_counter() - started)
 
 
 def get_encoder():
@@ -208,15 +211,15 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.cpu() > 0.5).int().numpy())
 
 
-def evaluate(model, dataloader, criterion):
+def evaluate(model, dataloader, criterion, mode):
     """Return (mean loss, probs, labels) of a model; probs and labels (N, C) on the CPU, in the loader's order."""
-    probs, labels = gather_probs(model, dataloader, choose_precision(precision, device))
+    probs, labels = gather_probs(model, dataloader, mode)
     return criterion(probs, labels).item(), probs, labels
 
 
 def dev(model, dataloader, criterion):
     """Return (mean loss, accuracy) of a model over all batches of `dataloader`. The model is left in eval mode."""
-    loss, probs, labels = evaluate(model, dataloader, criterion)
+    loss, probs, labels = evaluate(model, dataloader, criterion, choose_precision(precision, device))
     return loss, get_acc_score(labels, probs)
 
 
@@ -231,7 +234,8 @@ def measure(model_path, data_path):
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
     dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
     batches = by_length(dataset.attention_mask, batch_size)
-    loss, probs, labels = evaluate(model.to(device), load_batches(dataset, batches), nn.BCELoss())
+    batches_of_texts = load_batches(dataset, batches, device)
+    loss, probs, labels = evaluate(model.to(device), batches_of_texts, nn.BCELoss(), "fp32")  # as predict.py does
     names = sorted(label2idx, key=label2idx.get)
     scores = {"loss": loss, **all_scores(labels, probs, names, getattr(model.bert.config, "thresholds", {}))}
     log_scores("test", scores)

@@ -5,11 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizer
-
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny tensors one thread is fastest; child processes inherit it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import BertConfig, BertModel, BertTokenizer  # noqa: E402
+
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
@@ -58,7 +60,7 @@ def set_up(folder, monkeypatch, encoder_folder):
     for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(predict, "device", "cpu")
-    predict.trained_model.cache_clear()
+    predict.load_once.cache_clear()
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_the_default_encoder_is_pretrained_model(encoder_folder, monkeypatch):
 def test_from_pretrained_may_be_replaced(offline, monkeypatch, encoder_folder):
     """Both are called through their own names, so a stand-in needs no files and no network."""
     bert = BertModel.from_pretrained(encoder_folder)
-    monkeypatch.setattr(ours.BertModel, "from_pretrained", lambda name, **options: bert)
+    monkeypatch.setattr(ours.BertModel, "from_pretrained", lambda name: bert)
     assert ours.BertMultiLabelCls(16, 3).bert is bert
 
 
@@ -123,7 +123,7 @@ def broken_checkpoints(state):
     yield "a list", [1, 2], "not a checkpoint"
     yield "a pickle that would run code", pickle.dumps(Hostile()), "not a checkpoint"
     yield "empty", b"", "not a checkpoint"
-    yield "other labels", {**state, "fc.bias": torch.zeros(4)}, "has 4 labels, but 3 are listed"
+    yield "other labels", {**state, "fc.bias": torch.zeros(4)}, "is not the model that"
     yield "other sizes", {**state, "bert.pooler.dense.bias": torch.zeros(5)}, "does not fit the encoder"
     yield "a layer missing", {k: v for k, v in state.items() if "layer.1" not in k}, "does not fit the encoder"
 
@@ -152,6 +152,31 @@ def test_a_half_precision_encoder_is_used_in_float32(tmp_path, encoder_folder):
     BertModel.from_pretrained(encoder_folder).half().save_pretrained(tmp_path / "half")
     bert = ours.load_pretrained(BertModel, str(tmp_path / "half"))
     assert {p.dtype for p in bert.parameters()} == {torch.float32}
+    model = ours.BertMultiLabelCls(None, 3, bert=bert)
+    ours.save_model(model, ours.load_pretrained(BertTokenizer, encoder_folder), LABELS, f"{tmp_path}/m/m.pth")
+    torch.testing.assert_close(ours.load_model(f"{tmp_path}/m/m.pth", "")[0].state_dict(), model.state_dict())
+
+
+def test_labels_of_one_run_never_meet_the_weights_of_another(tmp_path, model, tokenizer):
+    ours.save_model(model, tokenizer, LABELS, f"{tmp_path}/multi_label_cls.pth")
+    nn.init.ones_(model.fc.bias)
+    torch.save(model.state_dict(), tmp_path / "multi_label_cls.pth")
+    with pytest.raises(InputError, match="is not the model that .*config.json was written for"):
+        ours.load_model(f"{tmp_path}/multi_label_cls.pth", "")
+
+
+@pytest.mark.parametrize("broken, message", [
+    ({"config.json": '{"model_type": "roberta"}'}, 'model_type is "roberta"'),
+    ({"model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "Git LFS"),
+    ({"config.json": None}, "config.json: No such file"),
+])
+def test_a_broken_encoder_folder_is_one_sentence(tmp_path, encoder_folder, broken, message):
+    shutil.copytree(encoder_folder, tmp_path / "e")
+    for name, content in broken.items():
+        (tmp_path / "e" / name).write_text(content) if content else (tmp_path / "e" / name).unlink()
+    with pytest.raises(InputError, match=message) as caught:
+        ours.load_pretrained(BertModel, str(tmp_path / "e"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -196,14 +221,42 @@ def test_a_hub_that_never_answers_is_given_up_in_time(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        search = "import time, bert_multilabel_cls as b; t = time.time(); print(b.find_encoder(b.pretrained_model)[1]); " \
-                 "print(time.time() - t)"
+        search = ("import time, bert_multilabel_cls as b; start = time.time(); "
+                  "print(b.find_encoder(b.pretrained_model)[1]); print(time.time() - start)")
         run = subprocess.run([sys.executable, "-c", search], cwd=root, capture_output=True, text=True, check=True,
                              env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
                                   "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"})
     message, seconds = run.stdout.splitlines()
     assert float(seconds) < 10
     assert "HF_ENDPOINT" in message and str(tmp_path) in message and "127.0.0.1" in message
+
+
+@pytest.fixture
+def hub(monkeypatch, encoder_folder):
+    """A hub that has the tiny encoder; nothing in the cache. `hub` holds what was downloaded."""
+    downloads = []
+
+    def download(name, local_files_only=False, allow_patterns=None):
+        if local_files_only:
+            raise FileNotFoundError("not cached")
+        downloads.append(allow_patterns)
+        return encoder_folder
+    monkeypatch.setattr(ours, "files_on_hub", lambda name: ["config.json", "model.safetensors", "vocab.txt"])
+    monkeypatch.setattr(ours, "snapshot_download", download)
+    return downloads
+
+
+def test_what_is_nowhere_else_is_downloaded(hub, encoder_folder):
+    assert ours.find_encoder("someone/tiny") == (encoder_folder, "")
+    assert hub == [["config.json", "vocab.txt", "*token*.json", "*.safetensors*"]]
+
+
+def test_a_download_that_breaks_off_is_an_error_and_no_reason_for_another_model(hub, monkeypatch):
+    def broken(name, **options):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(ours, "snapshot_download", broken)
+    with pytest.raises(InputError, match="the hub has it, but the download failed .No space left"):
+        ours.find_encoder("someone/tiny")
 
 
 @pytest.mark.parametrize("part", [BertModel, BertTokenizer])
@@ -230,6 +283,13 @@ def test_scratch_encoder_is_an_ordinary_folder(tmp_path):
     assert tokenizer.tokenize("股市低放 VS 龘") == ["股市", "低", "放", "vs", "[UNK]"]
     assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 256
     assert bert.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("texts", [["a a a"], ["啊 啊"], ["中"], ["你好", "天下"], ["股市大涨" * 100_000], ["", "a b"]])
+def test_scratch_encoder_of_odd_texts_is_finite(tmp_path, texts):
+    ours.build_scratch_encoder(texts, str(tmp_path))
+    assert ours.load_pretrained(BertModel, str(tmp_path)).embeddings.word_embeddings.weight.isfinite().all()
+    assert len(ours.load_pretrained(BertTokenizer, str(tmp_path))) > 5
 
 
 def test_scratch_encoder_is_the_same_under_any_hash_seed(tmp_path):

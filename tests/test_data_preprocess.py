@@ -10,7 +10,7 @@ from conftest import EXAMPLES, root, write_jsonl
 from data_preprocess import InputError
 
 
-@pytest.mark.parametrize("ratio, max_len", [(0.1, 3), (0.5, 7), (0.7, 9), (0.9, 11), (0.91, 12), (1, 12)])
+@pytest.mark.parametrize("ratio, max_len", [(1e-9, 3), (0.1, 3), (0.5, 7), (0.7, 9), (0.9, 11), (0.91, 12), (1, 12)])
 def test_covering_max_len_counts_cls_and_sep(ratio, max_len):
     assert data_preprocess.covering_max_len(list(range(10, 0, -1)), ratio) == max_len
 
@@ -52,12 +52,13 @@ def test_reader_accepts_byte_order_mark_blank_lines_windows_line_ends(tmp_path):
 BAD_LINES = {
     "gbk": ('{"text": "中文", "label": []}'.encode("gbk"), "GBK"),
     "array": (b'[{"text": "a", "label": []}]', "array"),
-    "broken": (b'{"text": "a", "label": [}', "not JSON"),
+    "broken": (b'{"text": "a", "label": [}', "not JSON (Expecting value at character 25)"),
     "deep": (b"[" * 100_000, "array"),
     "number": (b"3", "not an object"),
     "no text": (b'{"label": []}', '"text" must be a string, but is missing'),
     "null text": (b'{"text": null, "label": []}', '"text" must be a string, but is null'),
     "half a character": (b'{"text": "\\ud800", "label": []}', "half a character"),
+    "half a character in a label": (b'{"text": "", "label": ["\\ud800"]}', "half a character"),
     "no label": (b'{"text": "a"}', '"label" must be a list of strings, but is missing'),
     "bare label": (b'{"text": "a", "label": "x"}', "write it as a list"),
     "label of a wrong type": (b'{"text": "a", "label": [1]}', "one is 1"),

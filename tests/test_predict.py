@@ -67,7 +67,7 @@ def test_labels_are_chosen_by_threshold_and_number(monkeypatch, threshold, at_le
 
 def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
     probs = predict.predict_proba(["股市大涨"])[0]
-    config = predict.trained_model(predict.save_model_path, predict.label2idx_path, "cpu")[0].bert.config
+    config = predict.trained_model()[0].bert.config
     assert len(config.thresholds["by_label"]) == 4
     monkeypatch.setattr(config, "thresholds", {"by_label": [float(probs[0]) - 1e-4, 1.0, 1.0, float(probs[3]) - 1e-4]})
     monkeypatch.setattr(predict, "threshold", "tuned")
@@ -85,7 +85,9 @@ def test_a_threshold_out_of_range_is_an_error(trained, monkeypatch, threshold):
 
 
 @pytest.mark.parametrize("texts, message", [("中超", r"wrap the one text in a list: predict\(\['中超'\]\)"),
-                                            ("", "wrap"), (["中超", None], "one of them is None"), ([b"a"], "one of them is b'a'")])
+                                            ("", "wrap"), (["中超", None], "text 2 is None"),
+                                            ([b"a"], "text 1 is b'a'"), (None, "got None"),
+                                            (["\ud800"], "half a character")])
 def test_what_is_no_list_of_texts_is_an_error(project, texts, message):
     with pytest.raises(InputError, match=message):
         predict.predict(texts)
@@ -115,6 +117,19 @@ def test_the_model_is_loaded_once_at_the_first_use(trained, monkeypatch):
     assert len(loads) == 1
 
 
+def test_a_model_that_was_trained_anew_is_loaded_anew(trained):
+    before = predict.predict_proba(["中超"])
+    model, tokenizer, label2idx = bert_multilabel_cls.load_model(predict.save_model_path, "")
+    torch.nn.init.zeros_(model.fc.bias)
+    bert_multilabel_cls.save_model(model, tokenizer, label2idx, predict.save_model_path)
+    assert not np.allclose(predict.predict_proba(["中超"]), before)
+
+
+@pytest.mark.parametrize("give", [tuple, iter, np.array])
+def test_any_sequence_of_texts_will_do(trained, give):
+    assert predict.predict(give(["股市大涨", "今日"])) == [["股市", "财经"], []]
+
+
 def test_no_network_and_no_label_file_is_needed(trained, monkeypatch):
     """Other labels in data/label2idx.json, no hub, no pretrained encoder: the model's folder is enough."""
     dump_json({"别的": 0, "标签": 1}, "data/label2idx.json")
@@ -124,9 +139,12 @@ def test_no_network_and_no_label_file_is_needed(trained, monkeypatch):
     assert predict.predict(["股市大涨"]) == [["股市", "财经"]]
 
 
-def test_a_lone_checkpoint_takes_labels_and_encoder_from_the_constants(trained, monkeypatch):
+@pytest.mark.parametrize("beside", ["nothing", "plain"])
+def test_a_lone_checkpoint_takes_labels_and_encoder_from_the_constants(trained, monkeypatch, encoder_folder, beside):
     os.makedirs("lone")
     shutil.copy("model/multi_label_cls.pth", "lone/multi_label_cls.pth")
+    if beside == "plain":
+        shutil.copy(os.path.join(encoder_folder, "config.json"), "lone/config.json")
     monkeypatch.setattr(predict, "save_model_path", "./lone/multi_label_cls.pth")
     expected = ["股市", "财经"]
     assert predict.predict(["股市大涨"]) == [expected]

@@ -78,7 +78,7 @@ def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys)
     train.train()
     printed = capsys.readouterr().out
     assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 " in printed
-    assert "train=48 dev=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
+    assert "train=48 dev=6 test=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
     assert train.test("./out/best.pth", "./data/test.json") == 1
     assert not (project / "model").exists()
 
@@ -107,7 +107,7 @@ def scripted(monkeypatch, results):
         rows[round(4 * accuracy):] = 0.6  # wrong in all rows but this share
     evaluations = iter([(loss, probs[accuracy], labels) for loss, accuracy in results])
     real = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a: next(evaluations, None) or real(*a))
+    monkeypatch.setattr(train, "evaluate", lambda *given: next(evaluations, None) or real(*given))
     monkeypatch.setattr(train, "epochs", len(results))
 
 
@@ -163,13 +163,13 @@ def test_steps_and_schedule_are_right_with_accumulation(project, monkeypatch, ca
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypatch):
-    """Also where the last batch is smaller: 48 texts in batches of 48, or of 9, 9, 9, 9, 9, 3."""
+    """Also where the last batch is smaller: 48 texts in batches of 48, or of 9, 9, 9, 9, 9, 3. Without dropout."""
     states = []
     for batch_size, accumulation in ((48, 1), (9, 6)):
         for name, value in dict(batch_size=batch_size, accumulation_steps=accumulation, dropout=0.0, epochs=1,
                                 warmup_ratio=0.0, save_model_path=f"./out{batch_size}/m.pth").items():
             monkeypatch.setattr(train, name, value)
-        monkeypatch.setattr(BertMultiLabelCls, "train", lambda self, mode=True: nn.Module.train(self, False))  # no dropout
+        monkeypatch.setattr(BertMultiLabelCls, "train", lambda self, mode=True: nn.Module.train(self, False))
         train.train()
         states.append(load_model(train.save_model_path, "")[0].state_dict())
     torch.testing.assert_close(*states, atol=1e-4, rtol=0)
@@ -264,6 +264,15 @@ def test_without_a_network_training_goes_on_from_scratch(project, monkeypatch, o
 def test_a_chosen_encoder_that_cannot_be_had_is_an_error(project, monkeypatch, offline):
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", "someone/none")
     with pytest.raises(InputError, match="someone/none cannot be had"):
+        train.train()
+    assert not (project / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "dev", "test"])
+def test_a_fault_in_any_file_is_said_before_anything_is_written(project, monkeypatch, offline, name):
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", bert_multilabel_cls.shipped_model)
+    write_jsonl(f"data/{name}.json", [("今日", ["体育"]), ("今日", ["别的"])])
+    with pytest.raises(InputError, match=f"{name}.json:2: the label '别的'"):
         train.train()
     assert not (project / "model").exists()
 
