@@ -39,7 +39,8 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 precision = "auto"  # "bf16", "fp16" (GPU only), "fp32"; "auto" takes the fastest that the hardware has natively
 
 # Recipe.
-lr = 2e-5  # highest learning rate
+lr = 2e-5  # highest learning rate of the encoder
+head_lr = 2e-4  # and of the last layer, which is new and has further to go
 epochs = 10  # passes over the training file
 batch_size = 32  # texts at a time; if memory runs out, halve it and double accumulation_steps
 accumulation_steps = 1  # batches whose gradients add up to one step of the optimizer
@@ -56,7 +57,7 @@ patience = 0  # stop after so many epochs without a better one; 0 never stops ea
 tune_from = 10  # a label with fewer dev examples than this gets no threshold of its own
 
 # Recipe of the small BERT that is trained from scratch where bert-base-chinese cannot be had.
-scratch_lr = 5e-4
+scratch_lr = 5e-4  # of all layers: all are new
 scratch_epochs = 8
 
 
@@ -73,7 +74,7 @@ def train():
     sizes = {name: sum(1 for _ in read_examples(path, label2idx))  # a fault in a file is said now, not after hours
              for name, path in (("train", train_path), ("dev", dev_path), ("test", test_path))}
     torch.manual_seed(seed)
-    encoder, peak_lr, last_epoch = get_encoder()
+    encoder, encoder_lr, last_lr, last_epoch = get_encoder()
     tokenizer = load_pretrained(BertTokenizer, encoder)
     train_set = MultiClsDataSet(train_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
     dev_set = MultiClsDataSet(dev_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
@@ -84,14 +85,14 @@ def train():
     model.to(device)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
     steps = math.ceil(math.ceil(len(train_set) / batch_size) / accumulation_steps)  # of the optimizer, in an epoch
-    optimizer = torch.optim.AdamW(decay_groups(model), lr=peak_lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, last_lr), fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * steps * last_epoch), steps * last_epoch)
     criterion = nn.BCELoss()
     log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens")
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode)
     log("plan", epochs=last_epoch, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
-        lr=peak_lr, best_metric=best_metric, seed=seed)
+        lr=encoder_lr, head_lr=last_lr, best_metric=best_metric, seed=seed)
 
     history, best = [], None
     for epoch in range(1, last_epoch + 1):
@@ -137,21 +138,21 @@ def train():
 
 
 def get_encoder():
-    """Return (folder, learning rate, epochs): of the encoder `pretrained_model`, or of a small BERT in its place.
+    """Return (folder, lr, head_lr, epochs): of the encoder `pretrained_model`, or of a small BERT in its place.
 
     Raises InputError if it cannot be had and is a name that the user chose.
     """
     name = bert_multilabel_cls.pretrained_model
     folder, tried = find_encoder(name)
     if folder:
-        return folder, lr, epochs
+        return folder, lr, head_lr, epochs
     if name != bert_multilabel_cls.shipped_model:
         raise InputError(tried)
     log("note", tried)
     log("note", f"going on without it: a small BERT, trained from scratch on {train_path} alone, knows less; it takes "
-                "scratch_lr and scratch_epochs in place of lr and epochs")
+                "scratch_lr and scratch_epochs in place of lr, head_lr and epochs")
     build_scratch_encoder([text for text, _ in read_examples(train_path)], scratch_path, seed)
-    return scratch_path, scratch_lr, scratch_epochs
+    return scratch_path, scratch_lr, scratch_lr, scratch_epochs
 
 
 def start_at_prior(fc, labels):
@@ -165,11 +166,14 @@ def start_at_prior(fc, labels):
         fc.bias.copy_(torch.log(share / (1 - share)))
 
 
-def decay_groups(model):
-    """Return the optimizer's groups of parameters: weight decay for matrices, none for biases and LayerNorm."""
-    parameters = list(model.parameters())
-    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+def parameter_groups(model, encoder_lr, last_lr):
+    """Return the optimizer's groups: encoder and last layer, each with weight decay, and without it where it spares.
+
+    Biases and LayerNorm, the parameters of one dimension, do not decay.
+    """
+    return [{"params": [p for p in part.parameters() if (p.ndim > 1) == decays], "lr": part_lr,
+             "weight_decay": weight_decay if decays else 0.0}
+            for part, part_lr in ((model.bert, encoder_lr), (model.fc, last_lr)) for decays in (True, False)]
 
 
 def grouped_batches(attention_mask, seed):
@@ -238,6 +242,7 @@ def measure(model_path, data_path):
     loss, probs, labels = evaluate(model.to(device), batches_of_texts, nn.BCELoss(), "fp32")  # as predict.py does
     names = sorted(label2idx, key=label2idx.get)
     scores = {"loss": loss, **all_scores(labels, probs, names, getattr(model.bert.config, "thresholds", {}))}
+    log_labels(scores["by_label"])
     log_scores("test", scores)
     texts = [text for text, _ in read_examples(data_path)]
     return scores, find_errors([texts[index] for batch in batches for index in batch], labels, probs, names)
@@ -314,11 +319,16 @@ def find_errors(texts, labels, probs, names):
 
 
 def log_scores(event, scores):
-    """Print what all_scores returned: a line for each kind of threshold, then a line for each label."""
+    """Print what all_scores returned, and the loss: a line for each kind of threshold."""
     for kind in ("at_0.5", "at_single", "at_by_label"):
         if kind in scores:
-            log(event, threshold=kind.removeprefix("at_"), **{name: f"{v:.4f}" for name, v in scores[kind].items()})
-    for name, row in scores["by_label"].items():
+            log(event, threshold=kind.removeprefix("at_"), loss=f"{scores['loss']:.4f}",
+                **{name: f"{value:.4f}" for name, value in scores[kind].items()})
+
+
+def log_labels(table):
+    """Print a line for each label, the weakest first."""
+    for name, row in sorted(table.items(), key=lambda item: item[1]["f1"]):
         log("label", name, precision=f"{row['precision']:.4f}", recall=f"{row['recall']:.4f}", f1=f"{row['f1']:.4f}",
             support=row["support"])
 
@@ -327,7 +337,8 @@ def report_run(best, dev_labels, label2idx, encoder, seconds):
     """Measure the best epoch on dev and test; write metrics.json and errors.json beside the model."""
     names = sorted(label2idx, key=label2idx.get)
     dev_scores = {"loss": -best["score"][1], **all_scores(dev_labels, best["probs"], names, best["thresholds"])}
-    log("best", epoch=best["epoch"], seconds=f"{seconds:.0f}s")
+    log("best", epoch=best["epoch"], time=f"{seconds:.1f}s")
+    log_scores("dev", dev_scores)
     test_scores, errors = measure(save_model_path, test_path)
     constants = {name: value for name, value in globals().items()
                  if isinstance(value, (str, int, float)) and not name.startswith("_")}

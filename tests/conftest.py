@@ -57,7 +57,7 @@ def set_up(folder, monkeypatch, encoder_folder):
         write_jsonl(f"data/{name}.json", EXAMPLES * times)
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", encoder_folder)
-    for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3).items():
+    for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(predict, "device", "cpu")
     predict.load_once.cache_clear()

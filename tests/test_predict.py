@@ -73,7 +73,7 @@ def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
     monkeypatch.setattr(predict, "threshold", "tuned")
     assert predict.predict(["股市大涨"]) == [["中超", "财经"]]
     monkeypatch.setattr(config, "thresholds", {})
-    with pytest.raises(InputError, match="no tuned thresholds beside ./model"):
+    with pytest.raises(InputError, match="no tuned thresholds lie beside ./model"):
         predict.predict(["股市大涨"])
 
 

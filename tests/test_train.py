@@ -41,11 +41,12 @@ def test_the_bias_starts_at_the_log_odds_of_each_label():
 
 def test_biases_and_layer_norm_do_not_decay(project):
     model = BertMultiLabelCls(None, 4)
-    decayed, spared = train.decay_groups(model)
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in spared["params"])
-    assert decayed["weight_decay"] == train.weight_decay and spared["weight_decay"] == 0
+    groups = {id(p): group for group in train.parameter_groups(model, 1e-5, 1e-4) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = groups.pop(id(parameter))
+        assert group["weight_decay"] == (0 if "bias" in name or "LayerNorm" in name else train.weight_decay), name
+        assert group["lr"] == (1e-4 if name.startswith("fc.") else 1e-5), name
+    assert not groups
 
 
 def test_grouped_batches_hold_every_text_once_and_change_with_the_seed(monkeypatch):
@@ -77,7 +78,7 @@ def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys)
         monkeypatch.setattr(train, name, value)
     train.train()
     printed = capsys.readouterr().out
-    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 " in printed
+    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 head_lr=0.005 " in printed
     assert "train=48 dev=6 test=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
     assert train.test("./out/best.pth", "./data/test.json") == 1
     assert not (project / "model").exists()
@@ -233,7 +234,8 @@ def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
     assert best["saved"] and best["micro_f1"] == metrics["dev"]["at_0.5"]["micro_f1"]
     errors = [json.loads(line) for line in open("model/errors.json", encoding="utf-8")]
     assert all(row["text"] in ("中超开赛", "今日") and row["true"] != row["predicted"] for row in errors)
-    assert "test     threshold=0.5 accuracy=" in printed.replace("  threshold", " threshold")
+    assert all(f"\n{name:<8}  threshold={kind} loss=" in printed for name in ("dev", "test")
+               for kind in ("0.5", "single", "by_label"))
     assert printed.count("\nlabel ") == 4
 
 
@@ -244,7 +246,7 @@ def test_an_unknown_best_metric_is_an_error(project, monkeypatch):
 
 
 def test_a_chosen_encoder_is_what_is_trained(project, monkeypatch, encoder_folder):
-    monkeypatch.setattr(train, "lr", 0.0)
+    monkeypatch.setattr(train, "lr", 0.0)  # of the encoder
     train.train()
     trained = load_model("./model/multi_label_cls.pth", "")[0].bert.state_dict()
     start = bert_multilabel_cls.load_pretrained(bert_multilabel_cls.BertModel, encoder_folder).state_dict()
