@@ -139,6 +139,7 @@ def files_on_hub(name):
     answer = [TimeoutError(f"no answer within {hub_seconds} s")]
 
     def ask():
+        """Put the names, or what went wrong, in `answer`."""
         try:
             answer[0] = [file.rfilename for file in HfApi().model_info(name, timeout=hub_seconds / 2).siblings]
         except Exception as error:
