@@ -5,7 +5,7 @@ cache of the hub, the hub. Where the shipped one cannot be had, `train.py` build
 from scratch here. A trained model is a folder that needs nothing else to predict:
 
     model/multi_label_cls.pth     state dict, keys bert.* and fc.*
-    model/config.json             the encoder's sizes, the labels
+    model/config.json             the encoder's sizes, the labels, the tuned thresholds
     model/tokenizer*.json         the tokenizer
 """
 import copy
@@ -320,6 +320,12 @@ def load_model(model_path, label2idx_path):
     except RuntimeError as error:
         raise InputError(f"{model_path}: does not fit the encoder in {encoder} ({first_line(error)})") from None
     return model.eval(), tokenizer, label2idx
+
+
+def check_max_len(max_len, config):
+    """Raise InputError if texts of `max_len` tokens are longer than the encoder has positions for."""
+    if max_len > config.max_position_embeddings:
+        raise InputError(f"max_len = {max_len}: this encoder takes at most {config.max_position_embeddings} tokens")
 
 
 def load_state(model_path):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from bert_multilabel_cls import gather_probs, load_model
+from bert_multilabel_cls import check_max_len, gather_probs, load_model
 from data_helper import by_length, encode, load_batches
 from data_preprocess import InputError, check_whole, run_script
 
@@ -42,10 +42,12 @@ def predict_pairs(texts):
     texts = check_texts(texts)
     if not texts:
         return []
-    probs = predict_proba(texts)
     model, _, label2idx = trained_model()
+    limits = thresholds(model.bert.config)
+    check_numbers()
+    probs = predict_proba(texts)
+    chosen = choose_labels(probs, limits)
     labels = sorted(label2idx, key=label2idx.get)
-    chosen = choose_labels(probs, thresholds(model.bert.config))
     return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)] for row, kept in zip(probs, chosen)]
 
 
@@ -53,6 +55,7 @@ def predict_proba(texts):
     """Return the probabilities of all labels, (N, C) float32, columns in label order. Raises as `predict` does."""
     texts = check_texts(texts)
     model, tokenizer, label2idx = trained_model()
+    check_max_len(max_len, model.bert.config)
     probs = np.empty((len(texts), len(label2idx)), dtype=np.float32)
     if texts:
         dataset = TensorDataset(*encode(tokenizer, texts, max_len))
@@ -80,12 +83,20 @@ def thresholds(config):
     """Return the threshold, or one for each label, that the constant `threshold` asks for."""
     if threshold == "tuned":
         if not getattr(config, "thresholds", None):
-            raise InputError(f'threshold = "tuned": no tuned thresholds lie beside {save_model_path}; train again, or set '
-                             "a number")
+            raise InputError(f'threshold = "tuned": no tuned thresholds lie beside {save_model_path}; train again, or '
+                             "set a number")
         return np.array(config.thresholds["by_label"], dtype=np.float32)
     if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise InputError(f'threshold = {threshold!r}: must be a number from 0 to 1, or "tuned"')
     return threshold
+
+
+def check_numbers():
+    """Raise InputError if `min_labels` or `max_labels` is out of range."""
+    whole = type(min_labels) is int and (max_labels is None or type(max_labels) is int)
+    if not whole or not 0 <= min_labels <= (min_labels if max_labels is None else max_labels):
+        raise InputError(f"min_labels = {min_labels!r}, max_labels = {max_labels!r}: must be whole numbers, the first "
+                         "at least 0 and not above the second; None is no limit")
 
 
 def choose_labels(probs, threshold):

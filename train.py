@@ -21,8 +21,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.logging import tqdm
 
 import bert_multilabel_cls
-from bert_multilabel_cls import (BertMultiLabelCls, build_scratch_encoder, choose_precision, find_encoder, gather_probs,
-                                 load_model, load_pretrained, mixed, save_model)
+from bert_multilabel_cls import (BertMultiLabelCls, build_scratch_encoder, check_max_len, choose_precision,
+                                 find_encoder, gather_probs, load_model, load_pretrained, mixed, save_model)
 from data_helper import MultiClsDataSet, by_length, load_batches
 from data_preprocess import InputError, dump_json, dump_jsonl, load_label2idx, log, read_examples, run_script
 
@@ -67,14 +67,13 @@ def train():
     Raises InputError for what the user can mend in files and constants.
     """
     started = time.perf_counter()
-    if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
-        raise InputError(f'best_metric = {best_metric!r}: must be "accuracy", "micro_f1", "macro_f1" or "loss"')
+    check_constants()
     mode = choose_precision(precision, device)
     label2idx = load_label2idx(label2idx_path)
     sizes = {name: sum(1 for _ in read_examples(path, label2idx))  # a fault in a file is said now, not after hours
              for name, path in (("train", train_path), ("dev", dev_path), ("test", test_path))}
     torch.manual_seed(seed)
-    encoder, encoder_lr, last_lr, last_epoch = get_encoder()
+    encoder, encoder_lr, fc_lr, total_epochs = get_encoder()
     tokenizer = load_pretrained(BertTokenizer, encoder)
     train_set = MultiClsDataSet(train_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
     dev_set = MultiClsDataSet(dev_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
@@ -82,31 +81,33 @@ def train():
 
     model = BertMultiLabelCls(None, train_set.class_num, dropout, load_pretrained(BertModel, encoder))
     start_at_prior(model.fc, train_set.labels)
+    check_max_len(max_len, model.bert.config)
     model.to(device)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
     steps = math.ceil(math.ceil(len(train_set) / batch_size) / accumulation_steps)  # of the optimizer, in an epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, last_lr), fused=True)
-    scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * steps * last_epoch), steps * last_epoch)
+    optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, fc_lr), fused=True)
+    total_steps = steps * total_epochs
+    scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
     criterion = nn.BCELoss()
     log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens")
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode)
-    log("plan", epochs=last_epoch, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
-        lr=encoder_lr, head_lr=last_lr, best_metric=best_metric, seed=seed)
+    log("plan", epochs=total_epochs, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
+        lr=encoder_lr, head_lr=fc_lr, best_metric=best_metric, seed=seed)
 
     history, best = [], None
-    for epoch in range(1, last_epoch + 1):
+    for epoch in range(1, total_epochs + 1):
         model.train()
         start, total_loss = time.perf_counter(), torch.zeros((), device=device)
         batches = grouped_batches(train_set.attention_mask, seed + epoch)
-        shares = step_shares(batches)
-        bar = tqdm(total=len(train_set), desc=f"epoch {epoch}/{last_epoch}", unit="ex", leave=False, disable=None)
-        for step, batch in enumerate(load_batches(train_set, batches, device), 1):
+        loader = load_batches(train_set, batches, device)
+        bar = tqdm(total=len(train_set), desc=f"epoch {epoch}/{total_epochs}", unit="ex", leave=False, disable=None)
+        for step, (batch, share) in enumerate(zip(loader, step_shares(batches)), 1):
             *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             with mixed(device, mode):
                 probs = model(*inputs)
             loss = criterion(probs, labels)
-            scaler.scale(loss * shares[step - 1]).backward()
+            scaler.scale(loss * share).backward()
             if step % accumulation_steps == 0 or step == len(batches):
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -130,15 +131,31 @@ def train():
             save_model(model, tokenizer, label2idx, save_model_path, best["thresholds"])
         history.append(row)
         dump_jsonl(history, beside_model("history.json"))
-        log_epoch(row, last_epoch, len(train_set))
+        log_epoch(row, total_epochs, len(train_set))
         if patience and epoch - best["epoch"] >= patience:
             log("stop", f"no better {best_metric} in {patience} epochs")
             break
-    report_run(best, dev_labels, label2idx, encoder, time.perf_counter() - started)
+    used = dict(encoder=encoder, lr=encoder_lr, head_lr=fc_lr, epochs=total_epochs, precision=mode)
+    report_run(best, dev_labels, label2idx, used, time.perf_counter() - started)
+
+
+def check_constants():
+    """Raise InputError if a constant is out of range."""
+    if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
+        raise InputError(f'best_metric = {best_metric!r}: must be "accuracy", "micro_f1", "macro_f1" or "loss"')
+    for name, least in (("epochs", 1), ("scratch_epochs", 1), ("batch_size", 1), ("accumulation_steps", 1),
+                        ("patience", 0)):
+        if type(globals()[name]) is not int or globals()[name] < least:
+            raise InputError(f"{name} = {globals()[name]!r}: must be a whole number, at least {least}")
+    for name in ("warmup_ratio", "dropout"):
+        if not 0 <= globals()[name] <= 1:
+            raise InputError(f"{name} = {globals()[name]!r}: must be from 0 to 1")
 
 
 def get_encoder():
     """Return (folder, lr, head_lr, epochs): of the encoder `pretrained_model`, or of a small BERT in its place.
+
+    The small BERT takes scratch_lr for both: all its layers are new.
 
     Raises InputError if it cannot be had and is a name that the user chose.
     """
@@ -166,14 +183,14 @@ def start_at_prior(fc, labels):
         fc.bias.copy_(torch.log(share / (1 - share)))
 
 
-def parameter_groups(model, encoder_lr, last_lr):
+def parameter_groups(model, encoder_lr, fc_lr):
     """Return the optimizer's groups: encoder and last layer, each with weight decay, and without it where it spares.
 
     Biases and LayerNorm, the parameters of one dimension, do not decay.
     """
     return [{"params": [p for p in part.parameters() if (p.ndim > 1) == decays], "lr": part_lr,
              "weight_decay": weight_decay if decays else 0.0}
-            for part, part_lr in ((model.bert, encoder_lr), (model.fc, last_lr)) for decays in (True, False)]
+            for part, part_lr in ((model.bert, encoder_lr), (model.fc, fc_lr)) for decays in (True, False)]
 
 
 def grouped_batches(attention_mask, seed):
@@ -199,11 +216,11 @@ def beside_model(name):
     return os.path.join(os.path.dirname(save_model_path), name)
 
 
-def log_epoch(row, last_epoch, examples):
+def log_epoch(row, total_epochs, examples):
     """Print the line of an epoch."""
     scores = {name: f"{row[name]:.4f}" for name in
               ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")}
-    log("epoch", epoch=f"{row['epoch']}/{last_epoch}", **scores, time=f"{row['seconds']:.1f}s",
+    log("epoch", epoch=f"{row['epoch']}/{total_epochs}", **scores, time=f"{row['seconds']:.1f}s",
         speed=f"{examples / row['seconds']:.1f}examples/s", saved="yes" if row["saved"] else "no")
 
 
@@ -236,6 +253,7 @@ def test(model_path, test_data_path):
 def measure(model_path, data_path):
     """Return (scores, errors) of a trained model on a data file, as all_scores and find_errors do; print the scores."""
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
+    check_max_len(max_len, model.bert.config)
     dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
     batches = by_length(dataset.attention_mask, batch_size)
     batches_of_texts = load_batches(dataset, batches, device)
@@ -333,17 +351,21 @@ def log_labels(table):
             support=row["support"])
 
 
-def report_run(best, dev_labels, label2idx, encoder, seconds):
-    """Measure the best epoch on dev and test; write metrics.json and errors.json beside the model."""
+def report_run(best, dev_labels, label2idx, used, seconds):
+    """Measure the best model on dev and test; write metrics.json and errors.json beside the model.
+
+    used: what the run took where the constants leave it open, such as the precision behind "auto".
+    """
     names = sorted(label2idx, key=label2idx.get)
     dev_scores = {"loss": -best["score"][1], **all_scores(dev_labels, best["probs"], names, best["thresholds"])}
     log("best", epoch=best["epoch"], time=f"{seconds:.1f}s")
     log_scores("dev", dev_scores)
     test_scores, errors = measure(save_model_path, test_path)
-    constants = {name: value for name, value in globals().items()
-                 if isinstance(value, (str, int, float)) and not name.startswith("_")}
+    constants = {name: value if isinstance(value, (int, float)) else str(value) for name, value in globals().items()
+                 if not (name.startswith("_") or callable(value) or isinstance(value, type(os)))}
     dump_jsonl(errors, beside_model("errors.json"))
-    dump_json({"best_epoch": best["epoch"], "seconds": round(seconds, 1), "encoder": encoder,
+    dump_json({"pretrained_model": bert_multilabel_cls.pretrained_model, "used": used, "best_epoch": best["epoch"],
+               "seconds": round(seconds, 1),
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                "constants": constants, "labels": names, "thresholds": best["thresholds"],
                "dev": dev_scores, "test": test_scores}, beside_model("metrics.json"), indent=1)

@@ -38,7 +38,7 @@ def encoder_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(TOKENS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=32, max_position_embeddings=40, initializer_range=0.2)
+                        intermediate_size=32, max_position_embeddings=128, initializer_range=0.2)
     BertModel(config).save_pretrained(folder)
     BertTokenizer(vocab={token: index for index, token in enumerate(TOKENS)}).save_pretrained(folder)
     return str(folder)

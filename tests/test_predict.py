@@ -77,6 +77,20 @@ def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
         predict.predict(["股市大涨"])
 
 
+@pytest.mark.parametrize("at_least, at_most", [(-1, None), (3, 1), (0, -1), (1.5, None), ("2", None), (0, "2")])
+def test_numbers_of_labels_out_of_range_are_an_error(trained, monkeypatch, at_least, at_most):
+    monkeypatch.setattr(predict, "min_labels", at_least)
+    monkeypatch.setattr(predict, "max_labels", at_most)
+    with pytest.raises(InputError, match="min_labels = "):
+        predict.predict(["中超"])
+
+
+def test_more_tokens_than_the_encoder_has_positions_for_is_an_error(trained, monkeypatch):
+    monkeypatch.setattr(predict, "max_len", 129)
+    with pytest.raises(InputError, match="max_len = 129: this encoder takes at most 128 tokens"):
+        predict.predict(["中超"])
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, "best", None])
 def test_a_threshold_out_of_range_is_an_error(trained, monkeypatch, threshold):
     monkeypatch.setattr(predict, "threshold", threshold)

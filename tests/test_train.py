@@ -78,7 +78,8 @@ def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys)
         monkeypatch.setattr(train, name, value)
     train.train()
     printed = capsys.readouterr().out
-    assert printed.count("\nepoch ") == 30 and "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 head_lr=0.005 " in printed
+    assert printed.count("\nepoch ") == 30
+    assert "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 head_lr=0.005 " in printed
     assert "train=48 dev=6 test=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
     assert train.test("./out/best.pth", "./data/test.json") == 1
     assert not (project / "model").exists()
@@ -100,25 +101,29 @@ def test_the_first_evaluation_saves_even_at_accuracy_0(project, monkeypatch):
     assert os.path.exists("model/multi_label_cls.pth")
 
 
-def scripted(monkeypatch, results):
-    """Make the dev evaluations return these (loss, accuracy) pairs, one for each epoch."""
-    labels = torch.zeros(4, 4)
-    probs = {accuracy: torch.full((4, 4), 0.4) for _, accuracy in results}
-    for accuracy, rows in probs.items():
-        rows[round(4 * accuracy):] = 0.6  # wrong in all rows but this share
-    evaluations = iter([(loss, probs[accuracy], labels) for loss, accuracy in results])
-    real = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *given: next(evaluations, None) or real(*given))
-    monkeypatch.setattr(train, "epochs", len(results))
+def scripted(monkeypatch, rows):
+    """Make the dev evaluations come out as these (loss, accuracy, micro F1, macro F1), one row for each epoch."""
+    rows_of_run, real = iter(rows), train.evaluate
+    last = []
+
+    def evaluate(*given):
+        _, probs, labels = real(*given)
+        last[:] = next(rows_of_run, [0, 0, 0, 0])
+        return last[0], probs, labels
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "summary", lambda *_: dict(zip(("accuracy", "micro_f1", "macro_f1"), last[1:])))
+    monkeypatch.setattr(train, "epochs", len(rows))
 
 
 def saved_epochs():
     return [row["epoch"] for row in (json.loads(line) for line in open("model/history.json")) if row["saved"]]
 
 
-@pytest.mark.parametrize("metric, saved", [("accuracy", [1, 2, 4]), ("loss", [1, 2, 5])])
+@pytest.mark.parametrize("metric, saved", [("accuracy", [1, 2, 4]), ("loss", [1, 2, 5]), ("micro_f1", [1, 3, 5]),
+                                           ("macro_f1", [1, 2])])
 def test_the_better_loss_wins_among_equal_scores(project, monkeypatch, metric, saved):
-    scripted(monkeypatch, [(0.6, 0.0), (0.5, 0.0), (0.7, 0.0), (0.9, 0.5), (0.1, 0.25)])
+    scripted(monkeypatch, [(0.6, 0.0, 0.2, 0.1), (0.5, 0.0, 0.1, 0.3), (0.7, 0.0, 0.3, 0.2), (0.9, 0.5, 0.2, 0.3),
+                           (0.4, 0.25, 0.3, 0.2)])
     monkeypatch.setattr(train, "best_metric", metric)
     train.train()
     assert saved_epochs() == saved
@@ -126,7 +131,7 @@ def test_the_better_loss_wins_among_equal_scores(project, monkeypatch, metric, s
 
 @pytest.mark.parametrize("patience, trained", [(0, 6), (1, 2), (2, 5)])
 def test_patience_stops_after_so_many_epochs_without_a_better_one(project, monkeypatch, patience, trained):
-    scripted(monkeypatch, [(0.5, 0.25), (0.5, 0.0), (0.4, 0.5), (0.5, 0.0), (0.5, 0.0), (0.1, 0.75)])
+    scripted(monkeypatch, [(0.5, accuracy, 0, 0) for accuracy in (0.25, 0.0, 0.5, 0.0, 0.0, 0.75)])
     monkeypatch.setattr(train, "patience", patience)
     train.train()
     assert len(open("model/history.json").readlines()) == trained
@@ -135,7 +140,7 @@ def test_patience_stops_after_so_many_epochs_without_a_better_one(project, monke
 def test_without_the_prior_the_first_epochs_predict_nothing(project, monkeypatch):
     """16 labels, seeds fixed: micro F1 of the first two epochs with the prior, and with all biases at 0 instead."""
     signs = "中超股市今日开赛大涨球门得分基金"
-    write_jsonl("data/train.json", [(f"{a}{b}{c}", [a]) for a in signs for b in signs for c in signs[::4]])
+    write_jsonl("data/train.json", [(f"{a}{b}{c}", [a]) for a in signs for b in signs for c in signs[::2]])
     write_jsonl("data/dev.json", [(f"{a}{b}今", [a]) for a in signs for b in signs[::3]])
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     shutil.copy("data/dev.json", "data/test.json")
@@ -147,20 +152,37 @@ def test_without_the_prior_the_first_epochs_predict_nothing(project, monkeypatch
             monkeypatch.setattr(train, "start_at_prior", lambda fc, labels: nn.init.zeros_(fc.bias))
         train.train()
         micro_f1[prior] = [json.loads(line)["micro_f1"] for line in open("model/history.json")]
-    assert micro_f1[True][0] > micro_f1[False][0] == 0 and micro_f1[True][1] > micro_f1[False][1] + 0.3, micro_f1
+    assert all(with_it > without + 0.1 for with_it, without in zip(micro_f1[True], micro_f1[False])), micro_f1
+
+
+def watch_steps(monkeypatch, look):
+    """Return a list that takes look(optimizer) at each step of the optimizer."""
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(look(self)) or step(self, *a, **k))
+    return seen
 
 
 @pytest.mark.parametrize("batch_size, accumulation, steps", [(4, 3, 4), (5, 4, 3), (48, 1, 1), (7, 100, 1)])
-def test_steps_and_schedule_are_right_with_accumulation(project, monkeypatch, capsys, batch_size, accumulation, steps):
-    rates = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: rates.append(self.param_groups[0]["lr"])
-                        or step(self, *a, **k))
-    for name, value in dict(batch_size=batch_size, accumulation_steps=accumulation, warmup_ratio=0.0, epochs=3).items():
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_steps_and_schedule_are_right(project, monkeypatch, capsys, batch_size, accumulation, steps, warmup):
+    rates = watch_steps(monkeypatch, lambda optimizer: [group["lr"] for group in optimizer.param_groups])
+    for name, value in dict(batch_size=batch_size, accumulation_steps=accumulation, warmup_ratio=warmup,
+                            epochs=4).items():
         monkeypatch.setattr(train, name, value)
     train.train()
     assert f"steps_per_epoch={steps} " in capsys.readouterr().out
-    assert rates == pytest.approx([train.lr * (1 - n / (3 * steps)) for n in range(3 * steps)])
+    total, rise = 4 * steps, round(warmup * 4 * steps)
+    expected = [n / rise if n < rise else (total - n) / (total - rise) for n in range(total)]
+    assert [groups[0] for groups in rates] == pytest.approx([train.lr * share for share in expected])
+    assert [groups[-1] for groups in rates] == pytest.approx([train.head_lr * share for share in expected])
+
+
+def test_gradients_are_clipped(project, monkeypatch):
+    monkeypatch.setattr(train, "max_grad_norm", 1e-3)
+    norms = watch_steps(monkeypatch, lambda optimizer: torch.cat([
+        p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item())
+    train.train()
+    assert norms and max(norms) <= 1.001e-3
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypatch):
@@ -221,9 +243,14 @@ def test_errors_come_with_the_most_confident_first():
 
 def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
     write_jsonl("data/test.json", [("中超开赛", ["体育"]), ("今日", ["财经", "股市"])])
+    tuned_on, tune = [], train.tune_thresholds
+    monkeypatch.setattr(train, "tune_thresholds", lambda labels, *a: tuned_on.append(len(labels)) or tune(labels, *a))
     train.train()
+    assert set(tuned_on) == {6}  # the texts of dev, never the two of test
     printed = capsys.readouterr().out
     metrics = data_preprocess.load_json("model/metrics.json")
+    assert load_model(train.save_model_path, "")[0].bert.config.thresholds == metrics["thresholds"]
+    assert metrics["used"]["precision"] == "fp32" and metrics["constants"]["device"] == "cpu"
     assert metrics["constants"]["lr"] == 1e-3 and metrics["versions"]["torch"] == torch.__version__
     assert metrics["test"]["by_label"]["体育"]["support"] == 1 and metrics["seconds"] > 0
     assert metrics["test"]["at_0.5"]["accuracy"] == train.test(train.save_model_path, train.test_path)
@@ -239,10 +266,16 @@ def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
     assert printed.count("\nlabel ") == 4
 
 
-def test_an_unknown_best_metric_is_an_error(project, monkeypatch):
-    monkeypatch.setattr(train, "best_metric", "f1")
-    with pytest.raises(InputError, match="best_metric = 'f1'"):
+@pytest.mark.parametrize("name, value", [
+    ("best_metric", "f1"), ("epochs", 0), ("scratch_epochs", 0), ("batch_size", 0), ("batch_size", 8.0),
+    ("accumulation_steps", 0), ("patience", -1), ("warmup_ratio", 10), ("dropout", -0.1), ("precision", "fp8"),
+    ("max_len", 2), ("max_len", 129),  # the tiny encoder has 128 positions
+])
+def test_a_constant_out_of_range_is_an_error_that_names_it(project, monkeypatch, name, value):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(InputError, match=f"{name} = {value!r}"):
         train.train()
+    assert not (project / "model").exists()
 
 
 def test_a_chosen_encoder_is_what_is_trained(project, monkeypatch, encoder_folder):
