@@ -121,7 +121,7 @@ def broken_checkpoints(state):
     """Yield (what is wrong, bytes or a state dict to save, part of the message)."""
     yield "no checkpoint", b"hello", "not a checkpoint"
     yield "a list", [1, 2], "not a checkpoint"
-    yield "a pickle that would run code", pickle.dumps(Hostile()), "not a checkpoint"
+    yield "a pickle that would run code", pickle.dumps(Hostile(), protocol=2), "not a checkpoint"
     yield "empty", b"", "not a checkpoint"
     yield "other labels", {**state, "fc.bias": torch.zeros(4)}, "is not the model that"
     yield "other sizes", {**state, "bert.pooler.dense.bias": torch.zeros(5)}, "does not fit the encoder"
