@@ -38,7 +38,7 @@ def run_script(main):
 
 def log(event, words="", **fields):
     """Print `event words key=value key=value`: the one form of all our log lines. Units go into the value."""
-    print(f"{event:<8}", words, *(f"{key}={value}" for key, value in fields.items()), flush=True)
+    print(f"{event:<8}", *filter(None, [words]), *(f"{key}={value}" for key, value in fields.items()), flush=True)
 
 
 @contextmanager

@@ -261,7 +261,7 @@ def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
     assert best["saved"] and best["micro_f1"] == metrics["dev"]["at_0.5"]["micro_f1"]
     errors = [json.loads(line) for line in open("model/errors.json", encoding="utf-8")]
     assert all(row["text"] in ("中超开赛", "今日") and row["true"] != row["predicted"] for row in errors)
-    assert all(f"\n{name:<8}  threshold={kind} loss=" in printed for name in ("dev", "test")
+    assert all(f"\n{name:<8} threshold={kind} loss=" in printed for name in ("dev", "test")
                for kind in ("0.5", "single", "by_label"))
     assert printed.count("\nlabel ") == 4
 
