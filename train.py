@@ -40,7 +40,7 @@ precision = "auto"  # "bf16", "fp16" (GPU only), "fp32"; "auto" takes the fastes
 
 # Recipe.
 lr = 2e-5  # highest learning rate of the encoder
-head_lr = 2e-4  # and of the last layer, which is new and has further to go
+head_lr = 2e-4  # and of the pooler and the last layer above it, which have further to go
 epochs = 10  # passes over the training file
 batch_size = 32  # texts at a time; if memory runs out, halve it and double accumulation_steps
 accumulation_steps = 1  # batches whose gradients add up to one step of the optimizer
@@ -73,7 +73,7 @@ def train():
     sizes = {name: sum(1 for _ in read_examples(path, label2idx))  # a fault in a file is said now, not after hours
              for name, path in (("train", train_path), ("dev", dev_path), ("test", test_path))}
     torch.manual_seed(seed)
-    encoder, encoder_lr, fc_lr, total_epochs = get_encoder()
+    encoder, encoder_lr, top_lr, total_epochs = get_encoder()
     tokenizer = load_pretrained(BertTokenizer, encoder)
     train_set = MultiClsDataSet(train_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
     dev_set = MultiClsDataSet(dev_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
@@ -85,7 +85,7 @@ def train():
     model.to(device)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
     steps = math.ceil(math.ceil(len(train_set) / batch_size) / accumulation_steps)  # of the optimizer, in an epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, fc_lr), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, top_lr), fused=True)
     total_steps = steps * total_epochs
     scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
     criterion = nn.BCELoss()
@@ -93,7 +93,7 @@ def train():
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode)
     log("plan", epochs=total_epochs, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
-        lr=encoder_lr, head_lr=fc_lr, best_metric=best_metric, seed=seed)
+        lr=encoder_lr, head_lr=top_lr, best_metric=best_metric, seed=seed)
 
     history, best = [], None
     for epoch in range(1, total_epochs + 1):
@@ -135,7 +135,7 @@ def train():
         if patience and epoch - best["epoch"] >= patience:
             log("stop", f"no better {best_metric} in {patience} epochs")
             break
-    used = dict(encoder=encoder, lr=encoder_lr, head_lr=fc_lr, epochs=total_epochs, precision=mode)
+    used = dict(encoder=encoder, lr=encoder_lr, head_lr=top_lr, epochs=total_epochs, precision=mode)
     report_run(best, dev_labels, label2idx, used, time.perf_counter() - started)
 
 
@@ -183,14 +183,17 @@ def start_at_prior(fc, labels):
         fc.bias.copy_(torch.log(share / (1 - share)))
 
 
-def parameter_groups(model, encoder_lr, fc_lr):
-    """Return the optimizer's groups: encoder and last layer, each with weight decay, and without it where it spares.
+def parameter_groups(model, encoder_lr, top_lr):
+    """Return the optimizer's groups: the encoder's layers, then the top: the pooler and the last layer.
 
-    Biases and LayerNorm, the parameters of one dimension, do not decay.
+    Biases and LayerNorm, the parameters of one dimension, are groups of their own without weight decay.
     """
-    return [{"params": [p for p in part.parameters() if (p.ndim > 1) == decays], "lr": part_lr,
+    top = [*model.bert.pooler.parameters(), *model.fc.parameters()]
+    in_top = {id(p) for p in top}
+    layers = [p for p in model.parameters() if id(p) not in in_top]
+    return [{"params": [p for p in part if (p.ndim > 1) == decays], "lr": part_lr,
              "weight_decay": weight_decay if decays else 0.0}
-            for part, part_lr in ((model.bert, encoder_lr), (model.fc, fc_lr)) for decays in (True, False)]
+            for part, part_lr in ((layers, encoder_lr), (top, top_lr)) for decays in (True, False)]
 
 
 def grouped_batches(attention_mask, seed):

@@ -45,7 +45,7 @@ def test_biases_and_layer_norm_do_not_decay(project):
     for name, parameter in model.named_parameters():
         group = groups.pop(id(parameter))
         assert group["weight_decay"] == (0 if "bias" in name or "LayerNorm" in name else train.weight_decay), name
-        assert group["lr"] == (1e-4 if name.startswith("fc.") else 1e-5), name
+        assert group["lr"] == (1e-4 if name.startswith(("fc.", "bert.pooler.")) else 1e-5), name
     assert not groups
 
 
@@ -279,7 +279,8 @@ def test_a_constant_out_of_range_is_an_error_that_names_it(project, monkeypatch,
 
 
 def test_a_chosen_encoder_is_what_is_trained(project, monkeypatch, encoder_folder):
-    monkeypatch.setattr(train, "lr", 0.0)  # of the encoder
+    monkeypatch.setattr(train, "lr", 0.0)
+    monkeypatch.setattr(train, "head_lr", 0.0)
     train.train()
     trained = load_model("./model/multi_label_cls.pth", "")[0].bert.state_dict()
     start = bert_multilabel_cls.load_pretrained(bert_multilabel_cls.BertModel, encoder_folder).state_dict()
