@@ -102,6 +102,11 @@ def load_label2idx(path):
     return label2idx
 
 
+def label_names(label2idx):
+    """Return the labels of an index in the order of their columns."""
+    return sorted(label2idx, key=label2idx.get)
+
+
 def read_jsonl(data_path):
     """Yield (place, object) for each line of a JSONL file; place is "file:line" for messages.
 

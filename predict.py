@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from bert_multilabel_cls import check_max_len, gather_probs, load_model
 from data_helper import by_length, encode, load_batches
-from data_preprocess import InputError, check_whole, run_script
+from data_preprocess import InputError, check_whole, label_names, run_script
 
 save_model_path = "./model/multi_label_cls.pth"
 label2idx_path = "./data/label2idx.json"  # read only where no config.json lies beside the model
@@ -47,7 +47,7 @@ def predict_pairs(texts):
     check_numbers()
     probs = predict_proba(texts)
     chosen = choose_labels(probs, limits)
-    labels = sorted(label2idx, key=label2idx.get)
+    labels = label_names(label2idx)
     return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)] for row, kept in zip(probs, chosen)]
 
 

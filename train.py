@@ -24,7 +24,8 @@ import bert_multilabel_cls
 from bert_multilabel_cls import (BertMultiLabelCls, build_scratch_encoder, check_max_len, choose_precision,
                                  find_encoder, gather_probs, load_model, load_pretrained, mixed, save_model)
 from data_helper import MultiClsDataSet, by_length, load_batches
-from data_preprocess import InputError, dump_json, dump_jsonl, load_label2idx, log, read_examples, run_script
+from data_preprocess import (InputError, dump_json, dump_jsonl, label_names, load_label2idx, log, read_examples,
+                             run_script)
 
 # Files. The encoder's name is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -156,8 +157,7 @@ def get_encoder():
     """Return (folder, lr, head_lr, epochs): of the encoder `pretrained_model`, or of a small BERT in its place.
 
     The small BERT takes scratch_lr for both: all its layers are new.
-
-    Raises InputError if it cannot be had and is a name that the user chose.
+    Raises InputError if the encoder cannot be had and is a name that the user chose.
     """
     name = bert_multilabel_cls.pretrained_model
     folder, tried = find_encoder(name)
@@ -221,8 +221,7 @@ def beside_model(name):
 
 def log_epoch(row, total_epochs, examples):
     """Print the line of an epoch."""
-    scores = {name: f"{row[name]:.4f}" for name in
-              ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")}
+    scores = {name: f"{row[name]:.4f}" for name in ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")}
     log("epoch", epoch=f"{row['epoch']}/{total_epochs}", **scores, time=f"{row['seconds']:.1f}s",
         speed=f"{examples / row['seconds']:.1f}examples/s", saved="yes" if row["saved"] else "no")
 
@@ -261,7 +260,7 @@ def measure(model_path, data_path):
     batches = by_length(dataset.attention_mask, batch_size)
     batches_of_texts = load_batches(dataset, batches, device)
     loss, probs, labels = evaluate(model.to(device), batches_of_texts, nn.BCELoss(), "fp32")  # as predict.py does
-    names = sorted(label2idx, key=label2idx.get)
+    names = label_names(label2idx)
     scores = {"loss": loss, **all_scores(labels, probs, names, getattr(model.bert.config, "thresholds", {}))}
     log_labels(scores["by_label"])
     log_scores("test", scores)
@@ -359,7 +358,7 @@ def report_run(best, dev_labels, label2idx, used, seconds):
 
     used: what the run took where the constants leave it open, such as the precision behind "auto".
     """
-    names = sorted(label2idx, key=label2idx.get)
+    names = label_names(label2idx)
     dev_scores = {"loss": -best["score"][1], **all_scores(dev_labels, best["probs"], names, best["thresholds"])}
     log("best", epoch=best["epoch"], time=f"{seconds:.1f}s")
     log_scores("dev", dev_scores)
