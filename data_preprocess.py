@@ -33,12 +33,19 @@ def run_script(main):
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        one_a_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the processes of torchrun mostly all find it
+        sys.exit(f"error: {error}" if one_a_machine else 1)
+
+
+def is_main():
+    """Return whether this process is the one that prints and writes: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def log(event, words="", **fields):
     """Print `event words key=value key=value`: the one form of all our log lines. Units go into the value."""
-    print(f"{event:<8}", *filter(None, [words]), *(f"{key}={value}" for key, value in fields.items()), flush=True)
+    if is_main():
+        print(f"{event:<8}", *filter(None, [words]), *(f"{key}={value}" for key, value in fields.items()), flush=True)
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch.utils.data import TensorDataset
 
-from bert_multilabel_cls import check_max_len, gather_probs, load_model
-from data_helper import by_length, encode, load_batches
+from bert_multilabel_cls import check_max_len, choose_precision, dtypes, gather_probs, load_model
+from data_helper import by_length, pad, starts_of, tokenize
 from data_preprocess import InputError, check_whole, label_names, run_script
 
 save_model_path = "./model/multi_label_cls.pth"
@@ -20,6 +19,8 @@ label2idx_path = "./data/label2idx.json"  # read only where no config.json lies 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 max_len = 128  # tokens; longer texts lose their end. As in training
 batch_size = 32  # texts at a time; more needs more memory
+sorted_together = 4096  # texts that are tokenized, and sorted by length, at a time
+precision = "auto"  # of the weights: the fastest that the hardware has natively; "fp32" for exact probabilities
 
 # Which labels a text gets.
 threshold = 0.5  # those with a probability above this; "tuned": above each label's own, which training chose on dev
@@ -45,24 +46,27 @@ def predict_pairs(texts):
     model, _, label2idx = trained_model()
     limits = thresholds(model.bert.config)
     check_numbers()
-    probs = predict_proba(texts)
-    chosen = choose_labels(probs, limits)
     labels = label_names(label2idx)
-    return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)] for row, kept in zip(probs, chosen)]
+    return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)]
+            for probs in probs_of(texts) for row, kept in zip(probs, choose_labels(probs, limits))]
 
 
 def predict_proba(texts):
     """Return the probabilities of all labels, (N, C) float32, columns in label order. Raises as `predict` does."""
     texts = check_texts(texts)
-    model, tokenizer, label2idx = trained_model()
+    return np.concatenate([np.empty((0, len(trained_model()[2])), dtype=np.float32), *probs_of(texts)])
+
+
+def probs_of(texts):
+    """Yield the probabilities of a list of texts, (up to sorted_together, C) at a time, in the order of the texts."""
+    model, tokenizer, _ = trained_model()
     check_max_len(max_len, model.bert.config)
-    probs = np.empty((len(texts), len(label2idx)), dtype=np.float32)
-    if texts:
-        dataset = TensorDataset(*encode(tokenizer, texts, max_len))
-        batches = by_length(dataset.tensors[1], batch_size)
+    for start in range(0, len(texts), sorted_together):
+        ids, lengths = tokenize(tokenizer, texts[start:start + sorted_together], max_len)
+        starts, batches = starts_of(lengths), by_length(lengths, batch_size)
+        padded = (pad(ids, starts[batch], lengths[batch], tokenizer.pad_token_id) for batch in batches)
         order = [index for batch in batches for index in batch]
-        probs[order] = gather_probs(model, load_batches(dataset, batches, device))[0].numpy()
-    return probs
+        yield gather_probs(model, padded)[0].numpy()[np.argsort(order)]
 
 
 def check_texts(texts):
@@ -109,13 +113,14 @@ def choose_labels(probs, threshold):
 def trained_model():
     """Return (model on `device`, tokenizer, label2idx); loaded at the first call, and again after a training."""
     written = os.stat(save_model_path).st_mtime_ns if os.path.exists(save_model_path) else None
-    return load_once(save_model_path, label2idx_path, device, written)
+    return load_once(save_model_path, label2idx_path, device, choose_precision(precision, device), written)
 
 
 @functools.lru_cache(maxsize=1)
-def load_once(save_model_path, label2idx_path, device, written):
+def load_once(save_model_path, label2idx_path, device, mode, written):
     """Return what trained_model does; `written`, the time of the file, only tells one model from the next."""
     model, tokenizer, label2idx = load_model(save_model_path, label2idx_path)
+    model.bert.to(dtypes[mode])
     return model.to(device), tokenizer, label2idx
 
 

@@ -7,25 +7,30 @@ writes  ./model/                                  the model of the best epoch: a
         ./model/history.json                      a line an epoch
         ./model/errors.json                       the test texts that came out wrong, a line each
 run     python train.py
+        torchrun --nproc_per_node=4 train.py      on 4 GPUs; batch_size is that of each
 """
+import json
 import math
 import os
 import time
+import zlib
 
 import torch
 import torch.nn as nn
 import transformers
 from sklearn.metrics import accuracy_score, hamming_loss, precision_recall_fscore_support
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BertModel, BertTokenizer, get_linear_schedule_with_warmup
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.logging import tqdm
 
 import bert_multilabel_cls
-from bert_multilabel_cls import (BertMultiLabelCls, build_scratch_encoder, check_max_len, choose_precision,
-                                 find_encoder, gather_probs, load_model, load_pretrained, mixed, save_model)
-from data_helper import MultiClsDataSet, by_length, load_batches
-from data_preprocess import (InputError, dump_json, dump_jsonl, label_names, load_label2idx, log, read_examples,
-                             run_script)
+from bert_multilabel_cls import (BertMultiLabelCls, add_up, check_max_len, choose_precision, dtypes, find_encoder,
+                                 gather_probs, join_processes, leave_processes, load_model, load_pretrained, load_state,
+                                 main_first, mixed, save_model, spread)
+from data_helper import (MultiClsDataSet, build_scratch_encoder, by_length, grouped_batches, load_batches,
+                         parts_of_steps)
+from data_preprocess import (InputError, dump_json, dump_jsonl, is_main, label_names, load_label2idx, log,
+                             read_examples, run_script)
 
 # Files. The encoder's name is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -38,6 +43,8 @@ scratch_path = "./model/scratch_encoder"  # where the small BERT from scratch go
 # Machine.
 device = "cuda" if torch.cuda.is_available() else "cpu"
 precision = "auto"  # "bf16", "fp16" (GPU only), "fp32"; "auto" takes the fastest that the hardware has natively
+compile_model = False  # True compiles the network first, which takes a minute and more; for long runs on a GPU
+compiled_length = 16  # tokens; lengths are rounded up to multiples of it, and each of them is compiled once
 
 # Recipe.
 lr = 2e-5  # highest learning rate of the encoder
@@ -69,30 +76,33 @@ def train():
     """
     started = time.perf_counter()
     check_constants()
+    rank, processes = join_processes(device)
     mode = choose_precision(precision, device)
     label2idx = load_label2idx(label2idx_path)
     sizes = {name: sum(1 for _ in read_examples(path, label2idx))  # a fault in a file is said now, not after hours
              for name, path in (("train", train_path), ("dev", dev_path), ("test", test_path))}
     torch.manual_seed(seed)
-    encoder, encoder_lr, top_lr, total_epochs = get_encoder()
+    with main_first():
+        encoder, encoder_lr, top_lr, total_epochs = get_encoder()
     tokenizer = load_pretrained(BertTokenizer, encoder)
     train_set = MultiClsDataSet(train_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
     dev_set = MultiClsDataSet(dev_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
-    dev_batches = load_batches(dev_set, by_length(dev_set.attention_mask, batch_size), device)
+    check_same_data(train_set, processes)
 
     model = BertMultiLabelCls(None, train_set.class_num, dropout, load_pretrained(BertModel, encoder))
-    start_at_prior(model.fc, train_set.labels)
+    start_at_prior(model.fc, train_set.targets)
     check_max_len(max_len, model.bert.config)
-    model.to(device)
+    runner = set_up(model.to(device), train_set, processes)
+    torch.manual_seed(seed + rank)  # dropout of its own in each process
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
-    steps = math.ceil(math.ceil(len(train_set) / batch_size) / accumulation_steps)  # of the optimizer, in an epoch
+    steps = math.ceil(math.ceil(len(train_set) / (batch_size * processes)) / accumulation_steps)  # in an epoch
     optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, top_lr), fused=True)
     total_steps = steps * total_epochs
     scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
     criterion = nn.BCELoss()
     log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens")
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
-        device=device, precision=mode)
+        device=device, precision=mode, processes=processes)
     log("plan", epochs=total_epochs, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
         lr=encoder_lr, head_lr=top_lr, best_metric=best_metric, seed=seed)
 
@@ -100,44 +110,51 @@ def train():
     for epoch in range(1, total_epochs + 1):
         model.train()
         start, total_loss = time.perf_counter(), torch.zeros((), device=device)
-        batches = grouped_batches(train_set.attention_mask, seed + epoch)
-        loader = load_batches(train_set, batches, device)
-        bar = tqdm(total=len(train_set), desc=f"epoch {epoch}/{total_epochs}", unit="ex", leave=False, disable=None)
-        for step, (batch, share) in enumerate(zip(loader, step_shares(batches)), 1):
+        batches = grouped_batches(train_set.lengths, batch_size * processes, seed + epoch)
+        parts = list(parts_of_steps(batches, accumulation_steps, rank, processes))
+        loader = load_batches(train_set, (indices for indices, _, _ in parts), device)
+        bar = progress_bar(f"epoch {epoch}/{total_epochs}", len(train_set))
+        for number, (batch, (_, share, last)) in enumerate(zip(loader, parts)):
             *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+            runner.require_backward_grad_sync = last  # the processes exchange gradients once a step
             with mixed(device, mode):
-                probs = model(*inputs)
+                probs = runner(*inputs)
             loss = criterion(probs, labels)
             scaler.scale(loss * share).backward()
-            if step % accumulation_steps == 0 or step == len(batches):
+            if last:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
-            total_loss += loss.detach() * len(labels)
-            bar.update(len(labels))
-            if step % 20 == 1:  # reading the loss waits for the GPU
+            total_loss += loss.detach() * share
+            bar.update(len(batches[number]))
+            if number % 20 == 0 and not bar.disable:  # reading the loss waits for the GPU
                 bar.set_postfix(loss=f"{loss.item():.4f}")
         bar.close()
-        row = dict(epoch=epoch, train_loss=total_loss.item() / len(train_set), seconds=time.perf_counter() - start)
+        train_loss = add_up(total_loss, device).item() / processes / steps
+        row = dict(epoch=epoch, train_loss=train_loss, seconds=time.perf_counter() - start)
 
-        dev_loss, dev_probs, dev_labels = evaluate(model, dev_batches, criterion, mode)
+        dev_loss, dev_probs = evaluate(model, dev_set, criterion, mode)
+        dev_labels = dev_set.labels
         row.update(dev_loss=dev_loss, **summary(dev_labels, dev_probs))
         score = -dev_loss if best_metric == "loss" else row[best_metric], -dev_loss  # all 0 at first: the loss decides
         row["saved"] = best is None or score > best["score"]
         if row["saved"]:
             best = dict(score=score, epoch=epoch, thresholds=tune_thresholds(dev_labels, dev_probs), probs=dev_probs)
-            save_model(model, tokenizer, label2idx, save_model_path, best["thresholds"])
+            if is_main():
+                save_model(model, tokenizer, label2idx, save_model_path, best["thresholds"])
         history.append(row)
-        dump_jsonl(history, beside_model("history.json"))
+        if is_main():
+            dump_jsonl(history, beside_model("history.json"))
         log_epoch(row, total_epochs, len(train_set))
         if patience and epoch - best["epoch"] >= patience:
             log("stop", f"no better {best_metric} in {patience} epochs")
             break
     used = dict(encoder=encoder, lr=encoder_lr, head_lr=top_lr, epochs=total_epochs, precision=mode)
-    report_run(best, dev_labels, label2idx, used, time.perf_counter() - started)
+    report_run(best, model, tokenizer, dev_set, used, time.perf_counter() - started)
+    leave_processes()
 
 
 def check_constants():
@@ -168,8 +185,33 @@ def get_encoder():
     log("note", tried)
     log("note", f"going on without it: a small BERT, trained from scratch on {train_path} alone, knows less; it takes "
                 "scratch_lr and scratch_epochs in place of lr, head_lr and epochs")
-    build_scratch_encoder([text for text, _ in read_examples(train_path)], scratch_path, seed)
+    if is_main():
+        build_scratch_encoder([text for text, _ in read_examples(train_path)], scratch_path, seed)
     return scratch_path, scratch_lr, scratch_lr, scratch_epochs
+
+
+def check_same_data(dataset, processes):
+    """Raise InputError where the processes of one run read different files, as two machines may."""
+    labels = json.dumps(dataset.label2idx, sort_keys=True).encode()
+    mark = torch.tensor(zlib.crc32(dataset.ids.numpy(), zlib.crc32(dataset.targets.numpy(), zlib.crc32(labels))))
+    if add_up(mark, device) != mark * processes:
+        raise InputError(f"{train_path}, {label2idx_path} or the encoder is not the same for all processes; share one "
+                         "folder between the machines, or copy it")
+
+
+def set_up(model, dataset, processes):
+    """Return what runs forward and backward for `model`: itself, compiled, or joined to the other processes'."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if compile_model:
+        dataset.round_to = compiled_length
+        model = torch.compile(model, dynamic=False)
+    return DistributedDataParallel(model) if processes > 1 else model
+
+
+def progress_bar(words, texts):
+    """Return a bar that counts `texts`, in the main process and in a terminal only."""
+    return tqdm(total=texts, desc=words, unit="ex", leave=False, disable=None if is_main() else True)
 
 
 def start_at_prior(fc, labels):
@@ -178,7 +220,7 @@ def start_at_prior(fc, labels):
     Lin et al. 2017, arXiv 1708.02002, section 4.1. With a bias of 0 every label starts at 0.5, and the
     first steps only push all of them down together: the model learns to predict nothing.
     """
-    share = labels.mean(0).clamp(1 / (len(labels) + 1), len(labels) / (len(labels) + 1))  # never infinite odds
+    share = labels.float().mean(0).clamp(1 / (len(labels) + 1), len(labels) / (len(labels) + 1))  # never infinite odds
     with torch.no_grad():
         fc.bias.copy_(torch.log(share / (1 - share)))
 
@@ -194,24 +236,6 @@ def parameter_groups(model, encoder_lr, top_lr):
     return [{"params": [p for p in part if (p.ndim > 1) == decays], "lr": part_lr,
              "weight_decay": weight_decay if decays else 0.0}
             for part, part_lr in ((layers, encoder_lr), (top, top_lr)) for decays in (True, False)]
-
-
-def grouped_batches(attention_mask, seed):
-    """Return all indices as lists of `batch_size`, texts of similar length together, lists in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = attention_mask.sum(1).tolist()
-    indices = list(LengthGroupedSampler(batch_size, lengths=lengths, generator=generator))
-    batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
-def step_shares(batches):
-    """Return for each batch its share of the texts of its optimizer step: the weight of its mean loss there.
-
-    So a step follows the mean over its texts, also where the last batch, or the last step, is not full.
-    """
-    steps = [batches[start:start + accumulation_steps] for start in range(0, len(batches), accumulation_steps)]
-    return [len(batch) / sum(map(len, step)) for step in steps for batch in step]
 
 
 def beside_model(name):
@@ -234,38 +258,47 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.cpu() > 0.5).int().numpy())
 
 
-def evaluate(model, dataloader, criterion, mode):
-    """Return (mean loss, probs, labels) of a model; probs and labels (N, C) on the CPU, in the loader's order."""
-    probs, labels = gather_probs(model, dataloader, mode)
-    return criterion(probs, labels).item(), probs, labels
+def evaluate(model, dataset, criterion, mode):
+    """Return (mean loss, probs) of a model on a dataset; probs (N, C) on the CPU, in the order of the file.
+
+    The processes share out the batches, and all return the same.
+    """
+    rank, processes = join_processes(device)
+    batches = by_length(dataset.lengths, batch_size)[rank::processes]
+    probs = torch.zeros(len(dataset), dataset.class_num)
+    if batches:
+        order = [index for batch in batches for index in batch]
+        probs[order] = gather_probs(model, load_batches(dataset, batches, device), mode)[0]
+    probs = add_up(probs, device)
+    return criterion(probs, dataset.labels).item(), probs
 
 
 def dev(model, dataloader, criterion):
     """Return (mean loss, accuracy) of a model over all batches of `dataloader`. The model is left in eval mode."""
-    loss, probs, labels = evaluate(model, dataloader, criterion, choose_precision(precision, device))
-    return loss, get_acc_score(labels, probs)
+    probs, labels = gather_probs(model, dataloader, choose_precision(precision, device))
+    return criterion(probs, labels).item(), get_acc_score(labels, probs)
 
 
 def test(model_path, test_data_path):
     """Return the accuracy, at 0.5, of the trained model at `model_path` on a data file; print all scores."""
-    scores, _ = measure(model_path, test_data_path)
+    scores, _ = measure(*load_model(model_path, label2idx_path), test_data_path)
     return scores["at_0.5"]["accuracy"]
 
 
-def measure(model_path, data_path):
-    """Return (scores, errors) of a trained model on a data file, as all_scores and find_errors do; print the scores."""
-    model, tokenizer, label2idx = load_model(model_path, label2idx_path)
+def measure(model, tokenizer, label2idx, data_path):
+    """Return (scores, errors) of a model on a data file, as all_scores and find_errors do; print the scores.
+
+    It computes as predict.py does, with the weights in the precision of the machine.
+    """
     check_max_len(max_len, model.bert.config)
     dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
-    batches = by_length(dataset.attention_mask, batch_size)
-    batches_of_texts = load_batches(dataset, batches, device)
-    loss, probs, labels = evaluate(model.to(device), batches_of_texts, nn.BCELoss(), "fp32")  # as predict.py does
-    names = label_names(label2idx)
+    model.bert.to(dtypes[choose_precision(precision, device)])
+    loss, probs = evaluate(model.to(device), dataset, nn.BCELoss(), "fp32")
+    labels, names = dataset.labels, label_names(label2idx)
     scores = {"loss": loss, **all_scores(labels, probs, names, getattr(model.bert.config, "thresholds", {}))}
     log_labels(scores["by_label"])
     log_scores("test", scores)
-    texts = [text for text, _ in read_examples(data_path)]
-    return scores, find_errors([texts[index] for batch in batches for index in batch], labels, probs, names)
+    return scores, find_errors([text for text, _ in read_examples(data_path)], labels, probs, names)
 
 
 def by_label(truth, predicted):
@@ -353,18 +386,24 @@ def log_labels(table):
             support=row["support"])
 
 
-def report_run(best, dev_labels, label2idx, used, seconds):
+def report_run(best, model, tokenizer, dev_set, used, seconds):
     """Measure the best model on dev and test; write metrics.json and errors.json beside the model.
 
     used: what the run took where the constants leave it open, such as the precision behind "auto".
     """
-    names = label_names(label2idx)
-    dev_scores = {"loss": -best["score"][1], **all_scores(dev_labels, best["probs"], names, best["thresholds"])}
+    names = label_names(dev_set.label2idx)
+    dev_scores = {"loss": -best["score"][1], **all_scores(dev_set.labels, best["probs"], names, best["thresholds"])}
     log("best", epoch=best["epoch"], time=f"{seconds:.1f}s")
     log_scores("dev", dev_scores)
-    test_scores, errors = measure(save_model_path, test_path)
+    if is_main():
+        model.load_state_dict(load_state(save_model_path))
+    spread(model)
+    model.bert.config.thresholds = best["thresholds"]
+    test_scores, errors = measure(model, tokenizer, dev_set.label2idx, test_path)
     constants = {name: value if isinstance(value, (int, float)) else str(value) for name, value in globals().items()
                  if not (name.startswith("_") or callable(value) or isinstance(value, type(os)))}
+    if not is_main():
+        return
     dump_jsonl(errors, beside_model("errors.json"))
     dump_json({"pretrained_model": bert_multilabel_cls.pretrained_model, "used": used, "best_epoch": best["epoch"],
                "seconds": round(seconds, 1),

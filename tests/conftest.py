@@ -60,6 +60,7 @@ def set_up(folder, monkeypatch, encoder_folder):
     for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(predict, "device", "cpu")
+    monkeypatch.setattr(predict, "precision", "fp32")
     predict.load_once.cache_clear()
 
 

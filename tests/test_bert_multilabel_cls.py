@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import bert_multilabel_cls as ours
-from conftest import TOKENS, root, write_jsonl
+from conftest import TOKENS, root
 from data_preprocess import InputError, dump_json
 
 LABELS = {"体育": 0, "财经": 1, "科技": 2}
@@ -54,6 +54,52 @@ def test_forward_is_pooled_output_linear_sigmoid(model, inputs):
     pooled = model.bert(input_ids=inputs[0], attention_mask=inputs[1], token_type_ids=inputs[2]).pooler_output
     assert probs.shape == (2, 3) and probs.dtype == torch.float32
     torch.testing.assert_close(probs, torch.sigmoid(pooled @ model.fc.weight.T + model.fc.bias))
+
+
+def test_one_pass_is_that_of_the_whole_encoder_with_its_gradients(model, inputs):
+    """Though the last layer computes [CLS] alone; in training without dropout, in evaluation, and in bf16."""
+    def outputs_and_gradients(run):
+        model.zero_grad()
+        pooled = run(*inputs)
+        pooled.float().square().sum().backward()
+        return pooled, [p.grad.clone() for p in model.bert.parameters()]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    whole = outputs_and_gradients(lambda *inputs: model.bert(*inputs)[1])
+    for training in (False, True):
+        model.train(training)
+        ours_now = outputs_and_gradients(lambda *inputs: ours.pooled_output(model.bert, *inputs))
+        torch.testing.assert_close(ours_now, whole, atol=1e-5, rtol=1e-4)
+    with ours.mixed("cpu", "bf16"):
+        torch.testing.assert_close(ours.pooled_output(model.bert, *inputs).float(), whole[0], atol=0.03, rtol=0)
+
+
+def test_attention_with_dropout_is_the_same_on_average(inputs):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 6, 8)
+    seen = inputs[1][:, None, None].bool()
+    mean = torch.stack([ours.attend(query, key, value, seen, 0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, ours.attend(query, key, value, seen, 0.0), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype, p):
+    torch.manual_seed(0)
+    states = torch.ones(101, 997, dtype=dtype, requires_grad=True)  # not a multiple of the four masks in a word
+    dropped = ours.Dropout(p)(states)
+    dropped.sum().backward()
+    assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.005)
+    assert dropped.unique().numel() <= 2 and torch.equal(states.grad, dropped)
+    assert dropped.float().mean().item() == pytest.approx(float(p < 1), abs=0.01)
+    assert torch.equal(ours.Dropout(p).eval()(states), states)
+    assert not torch.equal(ours.Dropout(0.5)(states), ours.Dropout(0.5)(states))
+
+
+def test_every_dropout_of_the_encoder_is_ours(model):
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Dropout)}
+    assert kinds == {ours.Dropout} and model.bert.embeddings.dropout.p == 0.1
 
 
 def test_attention_mask_and_types_are_not_mixed_up(model, inputs):
@@ -271,40 +317,6 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path, encoder_folder):
     BertModel.from_pretrained(encoder_folder).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no tokenizer files, or an empty vocabulary"):
         ours.load_pretrained(BertTokenizer, str(tmp_path))
-
-
-TEXTS = ["今天股市大涨，股市成交放量", "股市低开 vs 高开 vs 平开", "vs 股市"] * 3
-
-
-def test_scratch_encoder_is_an_ordinary_folder(tmp_path):
-    ours.build_scratch_encoder(TEXTS, str(tmp_path))
-    tokenizer = ours.load_pretrained(BertTokenizer, str(tmp_path))
-    bert = ours.load_pretrained(BertModel, str(tmp_path))
-    assert tokenizer.tokenize("股市低放 VS 龘") == ["股市", "低", "放", "vs", "[UNK]"]
-    assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 256
-    assert bert.config.num_hidden_layers == 4
-
-
-@pytest.mark.parametrize("texts", [["a a a"], ["啊 啊"], ["中"], ["你好", "天下"], ["股市大涨" * 100_000], ["", "a b"]])
-def test_scratch_encoder_of_odd_texts_is_finite(tmp_path, texts):
-    ours.build_scratch_encoder(texts, str(tmp_path))
-    assert ours.load_pretrained(BertModel, str(tmp_path)).embeddings.word_embeddings.weight.isfinite().all()
-    assert len(ours.load_pretrained(BertTokenizer, str(tmp_path))) > 5
-
-
-def test_scratch_encoder_is_the_same_under_any_hash_seed(tmp_path):
-    texts = [f"{text}{chr(0x4e00 + n * 37 % 50)}{chr(0x4e00 + n * 13 % 50)}" for n, text in enumerate(TEXTS * 20)]
-    path = write_jsonl(tmp_path / "a.json", [(text, []) for text in texts])
-    build = ("import sys, bert_multilabel_cls as b, data_preprocess as d; "
-             "b.build_scratch_encoder([t for t, _ in d.read_examples(sys.argv[1])], sys.argv[2])")
-    digests = []
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        subprocess.run([sys.executable, "-c", build, path, folder], cwd=root, check=True, capture_output=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed})
-        digests.append({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()})
-    assert digests[0] == digests[1]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= digests[0].keys()
 
 
 @pytest.mark.parametrize("precision, device, chosen", [("fp32", "cpu", "fp32"), ("bf16", "cpu", "bf16")])

@@ -49,19 +49,6 @@ def test_biases_and_layer_norm_do_not_decay(project):
     assert not groups
 
 
-def test_grouped_batches_hold_every_text_once_and_change_with_the_seed(monkeypatch):
-    monkeypatch.setattr(train, "batch_size", 8)
-    lengths = torch.arange(1, 101)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
-    mask = (torch.arange(100)[None] < lengths[:, None]).long()
-    first, again, other = (train.grouped_batches(mask, seed) for seed in (1, 1, 2))
-    assert sorted(index for batch in first for index in batch) == list(range(100))
-    assert first == again != other and max(map(len, first)) == 8
-    spread = [int(lengths[batch].max() - lengths[batch].min()) for batch in first if len(batch) == 8]
-    assert sum(spread) / len(spread) < 40  # similar lengths together: 8 of 1 to 100 at random spread over 79
-    longest = [int(lengths[batch].max()) for batch in first]
-    assert longest != sorted(longest, reverse=True)  # but long batches do not all come first
-
-
 def test_dev_returns_mean_loss_and_accuracy(project):
     dataset = MultiClsDataSet("./data/dev.json")
     model = BertMultiLabelCls(None, 4)
@@ -107,9 +94,8 @@ def scripted(monkeypatch, rows):
     last = []
 
     def evaluate(*given):
-        _, probs, labels = real(*given)
         last[:] = next(rows_of_run, [0, 0, 0, 0])
-        return last[0], probs, labels
+        return last[0], real(*given)[1]
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "summary", lambda *_: dict(zip(("accuracy", "micro_f1", "macro_f1"), last[1:])))
     monkeypatch.setattr(train, "epochs", len(rows))
@@ -185,6 +171,11 @@ def test_gradients_are_clipped(project, monkeypatch):
     assert norms and max(norms) <= 1.001e-3
 
 
+def without_key_biases(state):
+    """Softmax takes no notice of a key's bias: its gradient is rounding, which Adam scales up to whole steps."""
+    return {name: tensor for name, tensor in state.items() if "key.bias" not in name}
+
+
 def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypatch):
     """Also where the last batch is smaller: 48 texts in batches of 48, or of 9, 9, 9, 9, 9, 3. Without dropout."""
     states = []
@@ -194,7 +185,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypat
             monkeypatch.setattr(train, name, value)
         monkeypatch.setattr(BertMultiLabelCls, "train", lambda self, mode=True: nn.Module.train(self, False))
         train.train()
-        states.append(load_model(train.save_model_path, "")[0].state_dict())
+        states.append(without_key_biases(load_model(train.save_model_path, "")[0].state_dict()))
     torch.testing.assert_close(*states, atol=1e-4, rtol=0)
 
 
