@@ -8,27 +8,29 @@ cache of the hub, the hub. A trained model is a folder that needs nothing else t
     model/tokenizer*.json         the tokenizer
 """
 import copy
+import ctypes
 import hashlib
 import os
 import tempfile
 import threading
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import HfApi, constants, snapshot_download
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data_preprocess import InputError, is_main, load_json, load_label2idx, whole_file
+from data_preprocess import (InputError, encoder_files, first_line, is_encoder, load_json, load_label2idx,
+                             whole_file)
 
 shipped_model = "bert-base-chinese"  # leave as it is: without a network only this one is replaced, by a small BERT
 pretrained_model = shipped_model  # any BERT: a Hugging Face id, or a folder written by save_pretrained
 hub_seconds = 8  # how long the hub may take to answer before it counts as out of reach
 
+classifier = ("fc.weight", "fc.bias")  # of the last layer, in a checkpoint
 dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -124,6 +126,30 @@ def drop_out(states, p):
     return states * bits.ge_(round(p * 2 ** 16) - 2 ** 15).to(states.dtype).mul_(1 / (1 - p))
 
 
+def start_at_prior(fc, labels):
+    """Set the bias of the last layer to the log odds of each label's share in `labels` (N, C).
+
+    Lin et al. 2017, arXiv 1708.02002, section 4.1. With a bias of 0 every label starts at 0.5, and the
+    first steps only push all of them down together: the model learns to predict nothing.
+    """
+    share = labels.float().mean(0).clamp(1 / (len(labels) + 1), len(labels) / (len(labels) + 1))  # never infinite odds
+    with torch.no_grad():
+        fc.bias.copy_(torch.log(share / (1 - share)))
+
+
+def parameter_groups(model, encoder_lr, top_lr, weight_decay):
+    """Return the optimizer's groups: the encoder's layers, then the top: the pooler and the last layer.
+
+    Biases and LayerNorm, the parameters of one dimension, are groups of their own without weight decay.
+    """
+    top = [*model.bert.pooler.parameters(), *model.fc.parameters()]
+    in_top = {id(p) for p in top}
+    layers = [p for p in model.parameters() if id(p) not in in_top]
+    return [{"params": [p for p in part if (p.ndim > 1) == decays], "lr": part_lr,
+             "weight_decay": weight_decay if decays else 0.0}
+            for part, part_lr in ((layers, encoder_lr), (top, top_lr)) for decays in (True, False)]
+
+
 @contextmanager
 def locally():
     """Have transformers load and save files without asking the hub, and without progress bars for what takes no time.
@@ -212,23 +238,6 @@ def files_on_hub(name):
     return answer[0]
 
 
-def encoder_files(names):
-    """Return those of a hub folder's files that make the encoder: one form of the weights, not all of them."""
-    weights = "*.safetensors*" if any(name.endswith(".safetensors") for name in names) else "pytorch_model*.bin*"
-    return ["config.json", "vocab.txt", "*token*.json", weights]
-
-
-def is_encoder(names):
-    """Return whether a folder with files of these names holds config, vocabulary and weights."""
-    vocabulary = {"vocab.txt", "tokenizer.json"} & set(names)
-    return "config.json" in names and bool(vocabulary) and any(n.endswith((".safetensors", ".bin")) for n in names)
-
-
-def first_line(error):
-    """Return the first line of an exception's message without its full stop, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def save_pretrained_whole(part, folder):
     """Write a model, tokenizer or configuration to `folder` as its save_pretrained does, each file whole."""
     os.makedirs(folder, exist_ok=True)
@@ -242,22 +251,28 @@ def save_pretrained_whole(part, folder):
 def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
     """Write a trained model's folder: weights to `model_path`, configuration and tokenizer beside them.
 
-    thresholds: what was tuned on dev, kept in the configuration because it fits only these weights.
+    thresholds: what was tuned on dev, kept in the configuration because it fits only these weights. It
+    also keeps those of the weights before them: a kill between the two files leaves a model that loads.
     """
     folder = os.path.dirname(model_path) or "."
     config = copy.deepcopy(model.bert.config)
     config.update(dict(id2label={column: label for label, column in label2idx.items()}, label2id=label2idx,
-                       problem_type="multi_label_classification", thresholds=thresholds or {}, dtype="float32",
-                       classifier_sha256=fingerprint(model.state_dict())))
-    save_pretrained_whole(config, folder)
-    save_pretrained_whole(tokenizer, folder)
+                       problem_type="multi_label_classification", dtype="float32"))
+    before = {}
+    with suppress(InputError):  # there is none yet, or none that can be read
+        before = load_json(os.path.join(folder, "config.json"))
+    same = all(before.get(name) == getattr(config, name) for name in ("label2id", "hidden_size", "vocab_size"))
+    known = {fingerprint(model.state_dict()): thresholds or {}, **(before.get("classifiers", {}) if same else {})}
+    config.classifiers = dict(list(known.items())[:4])
     with whole_file(model_path) as temporary:
         torch.save(model.state_dict(), temporary)
+        save_pretrained_whole(config, folder)
+        save_pretrained_whole(tokenizer, folder)
 
 
 def fingerprint(state):
     """Return a hash of the classifier in a state dict: it ties the labels in config.json to these weights."""
-    weight, bias = (state[name].cpu().numpy().tobytes() for name in ("fc.weight", "fc.bias"))
+    weight, bias = (state[name].cpu().numpy().tobytes() for name in classifier)
     return hashlib.sha256(weight + bias).hexdigest()
 
 
@@ -271,14 +286,15 @@ def load_model(model_path, label2idx_path):
     folder = os.path.dirname(model_path) or "."
     state = load_state(model_path)
     config_path = os.path.join(folder, "config.json")
-    written_for = load_json(config_path).get("classifier_sha256") if os.path.exists(config_path) else None
-    if written_for not in (None, fingerprint(state)):
+    classifiers = load_json(config_path).get("classifiers") if os.path.exists(config_path) else None
+    complete = classifiers is not None
+    if complete and fingerprint(state) not in classifiers:
         raise InputError(f"{model_path}: is not the model that {config_path} was written for, so its labels are "
                          "unknown; train again, or move config.json away to use "
                          f"{label2idx_path} and the encoder {pretrained_model}")
-    complete = written_for is not None
     encoder = folder if complete else pretrained_model
     config = load_pretrained(BertConfig, encoder)
+    config.thresholds = classifiers[fingerprint(state)] if complete else {}
     tokenizer = load_pretrained(BertTokenizer, encoder)
     label2idx = config.label2id if complete else load_label2idx(label2idx_path)
     if state["fc.bias"].numel() != len(label2idx):
@@ -302,16 +318,22 @@ def check_max_len(max_len, config):
 
 
 def load_state(model_path):
-    """Return the state dict at `model_path`, on the CPU. Raises InputError if it is none; runs no code from it."""
+    """Return the state dict at `model_path`, on the CPU. Raises InputError if it is none."""
     if not os.path.exists(model_path):
         raise InputError(f"{model_path}: there is no trained model yet; run: python train.py")
-    try:
-        state = torch.load(model_path, map_location="cpu", weights_only=True)
-        state.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
-        fingerprint(state)
-    except Exception as error:  # torch.load has no one kind of error for a file that is cut short or hostile
-        raise InputError(f"{model_path}: not a checkpoint of this project ({first_line(error)})") from None
+    state = load_tensors(model_path)
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), torch.Tensor) for name in classifier):
+        raise InputError(f"{model_path}: not a checkpoint of this project (it has no {' and '.join(classifier)})")
+    state.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
     return state
+
+
+def load_tensors(path):
+    """Return what torch.save wrote to `path`, on the CPU; runs no code from it. Raises InputError if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no one kind of error for a file that is cut short or hostile
+        raise InputError(f"{path}: not a checkpoint of this project ({first_line(error)})") from None
 
 
 def choose_precision(precision, device):
@@ -319,6 +341,10 @@ def choose_precision(precision, device):
 
     Never float16 on a CPU, where it is slower than float32 a hundred times and more.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without support for it
+        raise InputError(f"device = {str(device)!r}: cannot be used ({first_line(error)})") from None
     if precision not in ("auto", "bf16", "fp16", "fp32"):
         raise InputError(f'precision = {precision!r}: must be "auto", "bf16", "fp16" or "fp32"')
     on_gpu = torch.device(device).type == "cuda"
@@ -338,6 +364,38 @@ def mixed(device, precision):
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
+def set_up(model, device, compiled, processes):
+    """Return what runs forward and backward for `model`: itself, compiled, or joined to the other processes'."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        reuse_memory()
+    runner = torch.compile(model, dynamic=False) if compiled else model
+    return DistributedDataParallel(runner) if processes > 1 else runner
+
+
+def reuse_memory():
+    """Have Linux's allocator keep large blocks, which the system else takes back and fills with zeros, step by step.
+
+    That was a tenth of a training step on a CPU. Other systems go without.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD, in bytes
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+@contextmanager
+def naming_memory(input_ids):
+    """Raise InputError, with the constants to change, where a block for these ids (B, T) runs out of GPU memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        texts, tokens = input_ids.shape
+        raise InputError(f"out of GPU memory with {texts} texts of {tokens} tokens; lower batch_size (in train.py halve "
+                         "it and double accumulation_steps) or max_len") from None
+
+
 @torch.inference_mode()
 def gather_probs(model, batches, precision="fp32"):
     """Return (probs, labels), each (N, C) float32 on the CPU, in the order of the batches.
@@ -349,55 +407,7 @@ def gather_probs(model, batches, precision="fp32"):
     device = model.fc.weight.device
     probs, labels = [], []
     for batch in batches:
-        with mixed(device, precision):
+        with naming_memory(batch[0]), mixed(device, precision):
             probs.append(model(*(tensor.to(device, non_blocking=True) for tensor in batch[:3])))
         labels.extend(batch[3:])
     return torch.cat(probs).cpu(), torch.cat(labels).cpu() if labels else None
-
-
-def join_processes(device):
-    """Join the processes that torchrun started, one a GPU or share of the CPU; return (rank, processes).
-
-    Without torchrun that is (0, 1), and nothing else in this section does anything.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        # An hour, because the others wait while the first one downloads an encoder.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes():
-    """End what join_processes began."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def add_up(tensor, device):
-    """Return the sum of `tensor` over all processes, where `tensor` is."""
-    if not dist.is_initialized():
-        return tensor
-    total = tensor.to(device)
-    dist.all_reduce(total)
-    return total.to(tensor.device)
-
-
-def spread(model):
-    """Give the model of every process the weights of the main process's."""
-    if dist.is_initialized():
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-
-
-@contextmanager
-def main_first():
-    """Run a block in the main process before the others run it: it may write what they then find."""
-    if dist.is_initialized() and not is_main():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and is_main():
-        dist.barrier()

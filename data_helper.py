@@ -1,33 +1,36 @@
-"""Text and labels to tensors, tensors to batches; a small encoder from texts alone.
+"""Text and labels to tensors, tensors to batches, probabilities to scores; a small encoder from texts alone.
 
 reads   a data file, one object a line: {"text": "...", "label": ["...", ...]}
 run     python data_helper.py    prints the tensors of ./data/train.json
 """
+import os
 import re
 from array import array
 from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 from transformers import AddedToken, BertConfig, BertModel, BertTokenizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
 from bert_multilabel_cls import save_pretrained_whole
-from data_preprocess import InputError, load_label2idx, read_examples, run_script
+from data_preprocess import (InputError, chinese, chinese_pieces, is_main, load_label2idx, most_common, read_examples,
+                             run_script)
 
 chunk_texts = 1000  # texts that are tokenized at a time
+looked_at = 1000  # characters of a text for each token that is kept: a text of 10 MB need not be tokenized whole
 mega_batches = 50  # so many batches of texts drawn at random are sorted by length among themselves
 
 # The small BERT from scratch, which train.py makes where the shipped encoder cannot be had.
 scratch_config = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
-scratch_pieces = 4000  # at most this many pieces of 2 to 4 Chinese characters, and as many words of other scripts
 scratch_characters = 512  # of each text
-scratch_min_count = 4  # a piece or word stands at least this often in the training texts
 scratch_window = 5  # tokens at most this far apart count as neighbours
 scratch_texts = 20_000  # vocabulary and neighbours are counted on about this many texts
-chinese = "[\u3400-\u9fff]"  # a Chinese character, as a regular expression
 
 class MultiClsDataSet(Dataset):
     """The examples of one data file; N texts, T tokens of the longest text, C labels.
@@ -104,7 +107,7 @@ def tokenize(tokenizer, texts, max_len):
     if max_len < 3:
         raise InputError(f"max_len = {max_len}: must be at least 3, for [CLS], one token and [SEP]")
     ids, lengths, texts = array("i"), array("q"), iter(texts)
-    while some := list(islice(texts, chunk_texts)):
+    while some := [text[:max_len * looked_at] for text in islice(texts, chunk_texts)]:
         rows = tokenizer(some, truncation=True, max_length=max_len, return_attention_mask=False,
                          return_token_type_ids=False)["input_ids"]
         lengths.extend(map(len, rows))
@@ -170,6 +173,154 @@ def load_batches(dataset, batches, device="cpu"):
         yield tuple(tensor.pin_memory() for tensor in tensors) if torch.device(device).type == "cuda" else tensors
 
 
+def join_processes(device):
+    """Join the processes that torchrun started, one a GPU or share of the CPU; return (rank, processes).
+
+    Without torchrun that is (0, 1), and nothing else in this section does anything.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        # An hour, because the others wait while the first one downloads an encoder.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes():
+    """End what join_processes began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def over_processes(tensor, operation="SUM"):
+    """Return the sum of `tensor` over all processes, or the "MAX"."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def largest(number):
+    """Return the largest of the whole numbers that the processes give."""
+    return over_processes(torch.tensor(int(number)), "MAX").item()
+
+
+def from_processes(tensor):
+    """Return a list of what each process gives as `tensor`, all of one shape."""
+    if not dist.is_initialized():
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, tensor)
+    return tensors
+
+
+def random_state(device):
+    """Return the state of the random generators, the CPU's and a GPU's, as a tensor of bytes."""
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])])
+
+
+def set_random_state(state):
+    """Bring the random generators to a state that random_state returned."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if len(state) > size:
+        torch.cuda.set_rng_state(state[size:])
+
+
+def spread(model):
+    """Give the model of every process the weights of the main process's."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+@contextmanager
+def main_first():
+    """Run a block in the main process before the others run it: it may write what they then find."""
+    if dist.is_initialized() and not is_main():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_main():
+        dist.barrier()
+
+
+def by_label(truth, predicted):
+    """Return (precision, recall, F1, support), each (C,), of two bool matrices (N, C); 0 where undefined."""
+    from sklearn.metrics import precision_recall_fscore_support  # here: predict.py has no use for it
+    if truth.shape[1] == 1:  # which scikit-learn would take for two classes
+        return precision_recall_fscore_support(truth[:, 0], predicted[:, 0], labels=[True], zero_division=0)
+    return precision_recall_fscore_support(truth, predicted, zero_division=0)
+
+
+def summary(labels, probs, threshold=0.5):
+    """Return {score: value} of probabilities (N, C) above one threshold, or above one for each label (C,).
+
+    In the macro scores a label without examples counts 0, as one that is never found.
+    """
+    from sklearn.metrics import accuracy_score, hamming_loss, precision_recall_fscore_support
+    truth, predicted = labels.numpy() > 0.5, (probs > threshold).numpy()
+    micro = precision_recall_fscore_support(truth.ravel(), predicted.ravel(), average="binary", zero_division=0)
+    macro = [values.mean() for values in by_label(truth, predicted)]
+    scores = {"accuracy": accuracy_score(truth, predicted), "hamming_loss": hamming_loss(truth, predicted)}
+    for average, values in (("micro", micro), ("macro", macro)):
+        scores.update({f"{average}_{name}": float(v) for name, v in zip(("precision", "recall", "f1"), values)})
+    return scores
+
+
+def all_scores(labels, probs, names, thresholds):
+    """Return {"at_0.5": scores, "at_single": scores, "at_by_label": scores, "by_label": {name: scores at 0.5}}.
+
+    `thresholds` is what tune_thresholds returned; without it only 0.5 is measured.
+    """
+    columns = zip(*by_label(labels.numpy() > 0.5, (probs > 0.5).numpy()))
+    table = {name: dict(precision=float(p), recall=float(r), f1=float(f), support=int(n))
+             for name, (p, r, f, n) in zip(names, columns)}
+    tuned = {f"at_{kind}": summary(labels, probs, torch.tensor(value)) for kind, value in thresholds.items()}
+    return {"at_0.5": summary(labels, probs), **tuned, "by_label": table}
+
+
+def tune_thresholds(labels, probs, tune_from):
+    """Return {"single": t, "by_label": [t, …]}: what gives the best micro F1, and the best F1 of each label.
+
+    A label with fewer than `tune_from` examples takes the single threshold.
+
+    For dev only: chosen on the texts on which they are judged, thresholds always look good.
+    """
+    single = best_threshold(labels, probs)
+    enough = (labels.sum(0) >= tune_from).tolist()
+    return {"single": single, "by_label": [best_threshold(labels[:, c], probs[:, c]) if enough[c] else single
+                                           for c in range(len(enough))]}
+
+
+def best_threshold(labels, probs):
+    """Return the threshold from 0.05 to 0.95 with the best F1 over all entries; among equals the nearest to 0.5."""
+    truth = labels > 0.5
+    best = 0.0, 0.0, 0.5
+    for percent in range(5, 96):
+        predicted = probs > percent / 100
+        f1 = 2 * (predicted & truth).sum().item() / max(1, predicted.sum().item() + truth.sum().item())
+        best = max(best, (f1, -abs(percent - 50), percent / 100))
+    return best[2]
+
+
+def find_errors(texts, labels, probs, names):
+    """Return a dict for each text whose labels at 0.5 are not all right, the most confident mistakes first."""
+    truth = labels > 0.5
+    surprise = torch.where(truth, 1 - probs, probs).max(1).values  # of a text's worst label
+    errors = []
+    for row in surprise.argsort(descending=True, stable=True).tolist():
+        true, predicted = truth[row].tolist(), (probs[row] > 0.5).tolist()
+        if true != predicted:
+            shown = [c for c in range(len(names)) if true[c] or predicted[c]]
+            errors.append({"text": texts[row], "true": [names[c] for c in shown if true[c]],
+                           "predicted": [names[c] for c in shown if predicted[c]],
+                           "probability": {names[c]: round(probs[row, c].item(), 4) for c in shown}})
+    return errors
+
+
 def build_scratch_encoder(texts, folder, seed=0):
     """Write a small untrained BERT with a vocabulary of `texts` to `folder`, as save_pretrained does.
 
@@ -208,21 +359,6 @@ def scratch_tokenizer(texts):
     tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(dict.fromkeys(vocabulary))})
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in chinese_pieces(texts)])
     return tokenizer
-
-
-def chinese_pieces(texts):
-    """Return the common pieces of 2 to 4 Chinese characters, without those that are mostly part of a longer one."""
-    counts = Counter(run[start:start + size] for text in texts for run in re.findall(f"{chinese}+", text)
-                     for size in (2, 3, 4) for start in range(len(run) - size + 1))
-    parts = {part for piece, count in counts.items() if count >= scratch_min_count
-             for part in (piece[:-1], piece[1:]) if counts[part] <= 1.2 * count}
-    return most_common(Counter({piece: count for piece, count in counts.items() if piece not in parts}))
-
-
-def most_common(counts):
-    """Return the keys that count at least `scratch_min_count`, at most `scratch_pieces`, in an order that is fixed."""
-    common = [key for key, count in counts.items() if count >= scratch_min_count]
-    return sorted(common, key=lambda key: (-counts[key], key))[:scratch_pieces]
 
 
 def start_from_neighbours(embeddings, sequences):

@@ -8,10 +8,16 @@ run     python data_preprocess.py
 Everything here is standard library: the other scripts take from it the one reader of JSONL,
 the one way to write a file whole, and the one form of a log line.
 """
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 
@@ -19,7 +25,10 @@ train_data_path = "./data/train.json"
 label2idx_path = "./data/label2idx.json"
 max_len_ratio = 0.9  # the share of texts that the printed max_len covers, above 0 and at most 1
 rare_below = 5  # labels with fewer training examples than this are named: too few to learn from
+scratch_pieces = 4000  # a vocabulary from texts has at most so many pieces of 2 to 4 Chinese characters, and other words
+scratch_min_count = 4  # and each stands at least so often in them
 special_tokens = 2  # the tokenizer puts [CLS] before a text and [SEP] behind it
+chinese = "[\u3400-\u9fff]"  # a Chinese character, as a regular expression
 
 
 class InputError(ValueError):
@@ -27,14 +36,36 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Call `main()`. An InputError becomes one line on stderr and exit code 1, without a traceback."""
+    """Call `main()`. An InputError becomes one line on stderr and exit code 1, without a traceback.
+
+    Ctrl-C ends with exit code 130, SIGTERM with 143, both in silence.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a console or pipe cannot show Chinese
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except InputError as error:
-        one_a_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the processes of torchrun mostly all find it
-        sys.exit(f"error: {error}" if one_a_machine else 1)
+        if not is_main():
+            time.sleep(3)  # what all processes find, the main one says; then torchrun ends the others
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def noted_signals(noted):
+    """Within the block SIGTERM and Ctrl-C only add their number to the list `noted`: a step is always finished."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python allows no handlers
+        return
+    handlers = {number: signal.signal(number, lambda number, _: noted.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def is_main():
@@ -48,22 +79,54 @@ def log(event, words="", **fields):
         print(f"{event:<8}", *filter(None, [words]), *(f"{key}={value}" for key, value in fields.items()), flush=True)
 
 
+def log_epoch(row, total_epochs, examples):
+    """Print the line of an epoch."""
+    scores = {name: f"{row[name]:.4f}" for name in ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")}
+    log("epoch", epoch=f"{row['epoch']}/{total_epochs}", **scores, time=f"{row['seconds']:.1f}s",
+        speed=f"{examples / row['seconds']:.1f}examples/s", saved="yes" if row["saved"] else "no")
+
+
+def log_scores(event, scores):
+    """Print what all_scores returned, and the loss: a line for each kind of threshold."""
+    for kind in ("at_0.5", "at_single", "at_by_label"):
+        if kind in scores:
+            log(event, threshold=kind.removeprefix("at_"), loss=f"{scores['loss']:.4f}",
+                **{name: f"{value:.4f}" for name, value in scores[kind].items()})
+
+
+def log_labels(table):
+    """Print a line for each label, the weakest first."""
+    for name, row in sorted(table.items(), key=lambda item: item[1]["f1"]):
+        log("label", name, precision=f"{row['precision']:.4f}", recall=f"{row['recall']:.4f}", f1=f"{row['f1']:.4f}",
+            support=row["support"])
+
+
 @contextmanager
 def whole_file(out_path):
     """Give a temporary path beside `out_path`; when the block ends well, it takes the place of `out_path`.
 
     A reader, or a run killed at any moment, meets the old file or the new one, never half of one.
+    Raises InputError if it cannot be written.
     """
-    os.makedirs(os.path.dirname(out_path) or ".", exist_ok=True)
-    temporary = f"{out_path}.tmp"
+    folder, temporary = os.path.dirname(out_path) or ".", f"{out_path}.tmp"
     try:
+        os.makedirs(folder, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, out_path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        free = f"; {shutil.disk_usage(folder).free / 2 ** 20:.0f} MiB are free there" if os.path.isdir(folder) else ""
+        raise InputError(f"{out_path}: cannot be written ({why}){free}") from None
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.remove(temporary)
+
+
+def beside(path, name):
+    """Return the path of the file `name` in the folder of `path`."""
+    return os.path.join(os.path.dirname(path), name)
 
 
 def dump_json(project, out_path, indent=None):
@@ -87,12 +150,35 @@ def load_json(data_path):
             raise InputError(f"{data_path}: not a JSON file in UTF-8 ({error})") from None
 
 
+def check_number(name, value, least, most=None, whole=False):
+    """Raise InputError unless the constant `name` is a number, or a whole number, from `least` to `most`."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= (value if most is None else most):
+        limit = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} = {value!r}: must be a {'whole ' * whole}number, {limit}")
+
+
+def refuse_changes(path, old, new):
+    """Raise InputError if two dicts of strings differ, naming what does: the run saved in `path` is another one."""
+    changed = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in {**old, **new}
+               if old.get(name) != new.get(name)]
+    if changed:
+        raise InputError(f"{path}: the stopped run can't go on, because this has changed since: {'; '.join(changed)}; "
+                         "change it back, or set resume = False in train.py to start over")
+
+
 def open_input(data_path):
     """Open a file of the user's for reading bytes. Raises InputError if that cannot be done."""
     try:
         return open(data_path, "rb")
     except OSError as error:
         raise InputError(f"{data_path}: {error.strerror}; paths start from {os.getcwd()}") from None
+
+
+def file_hash(path):
+    """Return the SHA-256 of a file's content. Raises InputError if it is missing."""
+    with open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_label2idx(path):
@@ -199,6 +285,23 @@ def shown(item, key):
     return f"{json.dumps(item[key])[:40]}" if key in item else "missing"
 
 
+def encoder_files(names):
+    """Return those of a hub folder's files that make the encoder: one form of the weights, not all of them."""
+    weights = "*.safetensors*" if any(name.endswith(".safetensors") for name in names) else "pytorch_model*.bin*"
+    return ["config.json", "vocab.txt", "*token*.json", weights]
+
+
+def is_encoder(names):
+    """Return whether a folder with files of these names holds config, vocabulary and weights."""
+    vocabulary = {"vocab.txt", "tokenizer.json"} & set(names)
+    return "config.json" in names and bool(vocabulary) and any(n.endswith((".safetensors", ".bin")) for n in names)
+
+
+def first_line(error):
+    """Return the first line of an exception's message without its full stop, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def covering_max_len(lengths, ratio):
     """Return the smallest max_len, in tokens, that holds at least `ratio` of the texts uncut.
 
@@ -209,6 +312,21 @@ def covering_max_len(lengths, ratio):
         raise InputError(f"max_len_ratio = {ratio}: must be above 0 and at most 1")
     covered = max(1, math.ceil(round(len(lengths) * ratio, 6)))  # rounded: 10 * 0.7 is 7.000000000000001
     return sorted(lengths)[covered - 1] + special_tokens
+
+
+def chinese_pieces(texts):
+    """Return the common pieces of 2 to 4 Chinese characters, without those that are mostly part of a longer one."""
+    counts = Counter(run[start:start + size] for text in texts for run in re.findall(f"{chinese}+", text)
+                     for size in (2, 3, 4) for start in range(len(run) - size + 1))
+    parts = {part for piece, count in counts.items() if count >= scratch_min_count
+             for part in (piece[:-1], piece[1:]) if counts[part] <= 1.2 * count}
+    return most_common(Counter({piece: count for piece, count in counts.items() if piece not in parts}))
+
+
+def most_common(counts):
+    """Return the keys that count at least `scratch_min_count`, at most `scratch_pieces`, in an order that is fixed."""
+    common = [key for key, count in counts.items() if count >= scratch_min_count]
+    return sorted(common, key=lambda key: (-counts[key], key))[:scratch_pieces]
 
 
 def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9):
@@ -234,5 +352,10 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9):
     log("wrote", path=label2idx_path)
 
 
+def main():
+    """Preprocess as the constants say."""
+    preprocess(train_data_path, label2idx_path, max_len_ratio)
+
+
 if __name__ == "__main__":
-    run_script(lambda: preprocess(train_data_path, label2idx_path, max_len_ratio))
+    run_script(main)

@@ -12,7 +12,7 @@ import torch
 
 from bert_multilabel_cls import check_max_len, choose_precision, dtypes, gather_probs, load_model
 from data_helper import by_length, pad, starts_of, tokenize
-from data_preprocess import InputError, check_whole, label_names, run_script
+from data_preprocess import InputError, check_number, check_whole, label_names, run_script
 
 save_model_path = "./model/multi_label_cls.pth"
 label2idx_path = "./data/label2idx.json"  # read only where no config.json lies beside the model
@@ -45,7 +45,6 @@ def predict_pairs(texts):
         return []
     model, _, label2idx = trained_model()
     limits = thresholds(model.bert.config)
-    check_numbers()
     labels = label_names(label2idx)
     return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)]
             for probs in probs_of(texts) for row, kept in zip(probs, choose_labels(probs, limits))]
@@ -59,6 +58,7 @@ def predict_proba(texts):
 
 def probs_of(texts):
     """Yield the probabilities of a list of texts, (up to sorted_together, C) at a time, in the order of the texts."""
+    check_numbers()
     model, tokenizer, _ = trained_model()
     check_max_len(max_len, model.bert.config)
     for start in range(0, len(texts), sorted_together):
@@ -86,7 +86,7 @@ def check_texts(texts):
 def thresholds(config):
     """Return the threshold, or one for each label, that the constant `threshold` asks for."""
     if threshold == "tuned":
-        if not getattr(config, "thresholds", None):
+        if not config.thresholds:
             raise InputError(f'threshold = "tuned": no tuned thresholds lie beside {save_model_path}; train again, or '
                              "set a number")
         return np.array(config.thresholds["by_label"], dtype=np.float32)
@@ -96,11 +96,11 @@ def thresholds(config):
 
 
 def check_numbers():
-    """Raise InputError if `min_labels` or `max_labels` is out of range."""
-    whole = type(min_labels) is int and (max_labels is None or type(max_labels) is int)
-    if not whole or not 0 <= min_labels <= (min_labels if max_labels is None else max_labels):
-        raise InputError(f"min_labels = {min_labels!r}, max_labels = {max_labels!r}: must be whole numbers, the first "
-                         "at least 0 and not above the second; None is no limit")
+    """Raise InputError if a number among the constants is out of range."""
+    for name, least in (("batch_size", 1), ("sorted_together", 1), ("min_labels", 0)):
+        check_number(name, globals()[name], least, whole=True)
+    if max_labels is not None:
+        check_number("max_labels", max_labels, min_labels, whole=True)
 
 
 def choose_labels(probs, threshold):

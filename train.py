@@ -12,25 +12,30 @@ run     python train.py
 import json
 import math
 import os
+import sys
 import time
 import zlib
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import transformers
-from sklearn.metrics import accuracy_score, hamming_loss, precision_recall_fscore_support
-from torch.nn.parallel import DistributedDataParallel
-from transformers import BertModel, BertTokenizer, get_linear_schedule_with_warmup
+from sklearn.metrics import accuracy_score
+from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedule_with_warmup
 from transformers.utils.logging import tqdm
 
 import bert_multilabel_cls
-from bert_multilabel_cls import (BertMultiLabelCls, add_up, check_max_len, choose_precision, dtypes, find_encoder,
-                                 gather_probs, join_processes, leave_processes, load_model, load_pretrained, load_state,
-                                 main_first, mixed, save_model, spread)
-from data_helper import (MultiClsDataSet, build_scratch_encoder, by_length, grouped_batches, load_batches,
-                         parts_of_steps)
-from data_preprocess import (InputError, dump_json, dump_jsonl, is_main, label_names, load_label2idx, log,
-                             read_examples, run_script)
+import data_helper
+from bert_multilabel_cls import (BertMultiLabelCls, check_max_len, choose_precision, dtypes, find_encoder, gather_probs,
+                                 load_model, load_pretrained, load_state, load_tensors, mixed, naming_memory,
+                                 parameter_groups, save_model, set_up, start_at_prior)
+from data_helper import (MultiClsDataSet, all_scores, build_scratch_encoder, by_length, find_errors, from_processes,
+                         grouped_batches, join_processes, largest, leave_processes, load_batches, main_first,
+                         over_processes, parts_of_steps, random_state, set_random_state, spread, summary,
+                         tune_thresholds)
+from data_preprocess import (InputError, beside, check_number, dump_json, dump_jsonl, file_hash, is_main, label_names,
+                             load_label2idx, log, log_epoch, log_labels, log_scores, noted_signals, read_examples,
+                             refuse_changes, run_script, whole_file)
 
 # Files. The encoder's name is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -59,6 +64,11 @@ max_grad_norm = 1.0  # gradients with a larger norm are scaled down to it
 weight_decay = 0.01  # a step, times the learning rate; biases and LayerNorm are spared
 seed = 42  # of weights, dropout and batches
 
+# What survives a stop.
+resume = True  # a run that was stopped or killed goes on; False starts over
+save_minutes = 10  # how often the state of the run is saved, besides after each epoch
+state_name = "training_state.pth"  # of that file, beside the model; a finished run leaves none
+
 # Which epoch is kept, and when to stop.
 best_metric = "accuracy"  # on dev: "accuracy" (all labels of a text right), "micro_f1", "macro_f1" or "loss"
 patience = 0  # stop after so many epochs without a better one; 0 never stops early
@@ -72,102 +82,251 @@ scratch_epochs = 8
 def train():
     """Train, keep the epoch that is best on dev, and measure that one on dev and test.
 
-    Raises InputError for what the user can mend in files and constants.
+    A run that was stopped or killed goes on where it was last saved, and ends as if nothing had happened.
+    Raises InputError for what the user can mend in files and constants, and SystemExit after SIGTERM or Ctrl-C.
     """
-    started = time.perf_counter()
     check_constants()
+    run = prepare()
+    with noted_signals(run.signals):
+        while run.epoch < run.epochs and not out_of_patience(run):
+            train_epoch(run)
+            finish_epoch(run)
+    report_run(run)
+    if is_main():
+        os.remove(beside(save_model_path, state_name))
+    leave_processes()
+
+
+def train_epoch(run):
+    """Train on what is left of the current epoch."""
+    run.model.train()
+    run.start = time.perf_counter() - run.seconds
+    batches = grouped_batches(run.train_set.lengths, batch_size * run.processes, seed + run.epoch + 1)
+    parts = list(parts_of_steps(batches, accumulation_steps, run.rank, run.processes))[run.batch:]
+    loader = load_batches(run.train_set, (indices for indices, _, _ in parts), device)
+    bar = progress_bar(run, batches)
+    for batch, (_, share, last) in zip(loader, parts):
+        with naming_memory(batch[0]):
+            *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+            run.runner.require_backward_grad_sync = last  # the processes exchange gradients once a step
+            with mixed(device, run.mode):
+                probs = run.runner(*inputs)
+            # BCELoss would only say that it wants numbers from 0 to 1: what is not finite shall reach the loss.
+            loss = run.criterion(probs.nan_to_num(), labels) + 0 * probs.sum()
+            run.scaler.scale(loss * share).backward()
+            if last:
+                step(run)
+        run.total_loss += loss.detach() * share
+        run.losses.append((run.batch + 1, run.scheduler.get_last_lr()[0], loss.detach()))
+        bar.update(len(batches[run.batch]))
+        run.batch += 1
+        if torch.device(device).type == "cpu" or run.batch % 20 == 0 and not bar.disable:  # reading waits for a GPU
+            bar.set_postfix(loss=f"{check_losses(run):.4f}", refresh=False)
+        if last and run.batch < len(batches):
+            save_if_due(run)
+    bar.close()
+    check_losses(run)
+    run.seconds = time.perf_counter() - run.start
+
+
+def step(run):
+    """Clip the gradients, and move the weights and the learning rate."""
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.model.parameters(), max_grad_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+
+
+def finish_epoch(run):
+    """Measure the model on dev, keep it if it is the best so far, and save the state of the run."""
+    run.epoch, run.batch = run.epoch + 1, 0
+    train_loss = over_processes(run.total_loss.cpu()).item() / run.processes / run.steps
+    row = dict(epoch=run.epoch, train_loss=train_loss, seconds=run.seconds)
+    dev_loss, probs = evaluate(run.model, run.dev_set, run.criterion, run.mode)
+    labels = run.dev_set.labels
+    row.update(dev_loss=dev_loss, **summary(labels, probs))
+    score = [-dev_loss if best_metric == "loss" else row[best_metric], -dev_loss]  # all 0 at first: the loss decides
+    row["saved"] = run.best is None or score > run.best["score"]
+    if row["saved"]:
+        thresholds = tune_thresholds(labels, probs, tune_from)
+        run.best = dict(score=score, epoch=run.epoch, thresholds=thresholds, probs=probs)
+    run.history.append(row)
+    log_epoch(row, run.epochs, len(run.train_set))
+    run.total_loss, run.seconds = torch.zeros((), device=device), 0.0
+    save_state(run)
+    keep_best(run)
+    if asked := largest(max(run.signals, default=0)):
+        stop(run, asked)
+
+
+def out_of_patience(run):
+    """Return whether the last `patience` epochs brought no better one; say so."""
+    over = patience and run.best and run.epoch - run.best["epoch"] >= patience
+    if over:
+        log("stop", f"no better {best_metric} in {patience} epochs")
+    return over
+
+
+def keep_best(run):
+    """Write the history and, if the last epoch is the best so far, the model. Doing it twice is doing it once."""
+    if is_main():
+        if run.best["epoch"] == run.epoch:
+            save_model(run.model, run.tokenizer, run.train_set.label2idx, save_model_path, run.best["thresholds"])
+        dump_jsonl(run.history, beside(save_model_path, "history.json"))
+
+
+def check_losses(run):
+    """Return the last loss. Raises InputError with the step and the learning rate if one since the last call is no number."""
+    if run.losses:
+        losses = torch.stack([loss for _, _, loss in run.losses]).tolist()
+        for (batch, rate, _), loss in zip(run.losses, losses):
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} in epoch {run.epoch + 1}, batch {batch}, at a learning rate of "
+                                 f"{rate:.2e}; lower lr and head_lr, raise warmup_ratio, or set precision = \"fp32\"")
+        run.losses, run.loss = [], losses[-1]
+    return run.loss
+
+
+def prepare():
+    """Return what a run consists of, as attributes of one object: new, or as a stopped run left it."""
     rank, processes = join_processes(device)
     mode = choose_precision(precision, device)
     label2idx = load_label2idx(label2idx_path)
     sizes = {name: sum(1 for _ in read_examples(path, label2idx))  # a fault in a file is said now, not after hours
              for name, path in (("train", train_path), ("dev", dev_path), ("test", test_path))}
+    identity = identify(mode, processes)
+    saved = read_state(identity, processes)
     torch.manual_seed(seed)
     with main_first():
-        encoder, encoder_lr, top_lr, total_epochs = get_encoder()
+        encoder, encoder_lr, top_lr, total_epochs = saved["plan"] if saved else get_encoder()
+    check_max_len(max_len, load_pretrained(BertConfig, encoder))
     tokenizer = load_pretrained(BertTokenizer, encoder)
-    train_set = MultiClsDataSet(train_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
-    dev_set = MultiClsDataSet(dev_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
-    check_same_data(train_set, processes)
-
+    train_set, dev_set = (MultiClsDataSet(path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+                          for path in (train_path, dev_path))
     model = BertMultiLabelCls(None, train_set.class_num, dropout, load_pretrained(BertModel, encoder))
     start_at_prior(model.fc, train_set.targets)
-    check_max_len(max_len, model.bert.config)
-    runner = set_up(model.to(device), train_set, processes)
-    torch.manual_seed(seed + rank)  # dropout of its own in each process
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16")
     steps = math.ceil(math.ceil(len(train_set) / (batch_size * processes)) / accumulation_steps)  # in an epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, top_lr), fused=True)
-    total_steps = steps * total_epochs
-    scheduler = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
-    criterion = nn.BCELoss()
+    optimizer = torch.optim.AdamW(parameter_groups(model.to(device), encoder_lr, top_lr, weight_decay), fused=True)
+    warmup = round(warmup_ratio * steps * total_epochs)
+    run = SimpleNamespace(
+        rank=rank, processes=processes, mode=mode, identity=identity, plan=[encoder, encoder_lr, top_lr, total_epochs],
+        epochs=total_epochs, steps=steps, tokenizer=tokenizer, train_set=train_set, dev_set=dev_set, model=model,
+        optimizer=optimizer, scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps * total_epochs),
+        scaler=torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16"), criterion=nn.BCELoss(),
+        epoch=0, batch=0, total_loss=torch.zeros((), device=device), losses=[], loss=0.0, history=[], best=None,
+        seconds=0.0, begun=time.perf_counter(), saved_at=time.monotonic(), signals=[])
+    torch.manual_seed(seed + rank)  # dropout of its own in each process
     log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens")
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode, processes=processes)
     log("plan", epochs=total_epochs, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
         lr=encoder_lr, head_lr=top_lr, best_metric=best_metric, seed=seed)
+    if saved:
+        go_on(run, saved)
+    if compile_model:
+        train_set.round_to = compiled_length
+    run.runner = set_up(model, device, compile_model, processes)
+    return run
 
-    history, best = [], None
-    for epoch in range(1, total_epochs + 1):
-        model.train()
-        start, total_loss = time.perf_counter(), torch.zeros((), device=device)
-        batches = grouped_batches(train_set.lengths, batch_size * processes, seed + epoch)
-        parts = list(parts_of_steps(batches, accumulation_steps, rank, processes))
-        loader = load_batches(train_set, (indices for indices, _, _ in parts), device)
-        bar = progress_bar(f"epoch {epoch}/{total_epochs}", len(train_set))
-        for number, (batch, (_, share, last)) in enumerate(zip(loader, parts)):
-            *inputs, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-            runner.require_backward_grad_sync = last  # the processes exchange gradients once a step
-            with mixed(device, mode):
-                probs = runner(*inputs)
-            loss = criterion(probs, labels)
-            scaler.scale(loss * share).backward()
-            if last:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                scheduler.step()
-                optimizer.zero_grad()
-            total_loss += loss.detach() * share
-            bar.update(len(batches[number]))
-            if number % 20 == 0 and not bar.disable:  # reading the loss waits for the GPU
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-        bar.close()
-        train_loss = add_up(total_loss, device).item() / processes / steps
-        row = dict(epoch=epoch, train_loss=train_loss, seconds=time.perf_counter() - start)
 
-        dev_loss, dev_probs = evaluate(model, dev_set, criterion, mode)
-        dev_labels = dev_set.labels
-        row.update(dev_loss=dev_loss, **summary(dev_labels, dev_probs))
-        score = -dev_loss if best_metric == "loss" else row[best_metric], -dev_loss  # all 0 at first: the loss decides
-        row["saved"] = best is None or score > best["score"]
-        if row["saved"]:
-            best = dict(score=score, epoch=epoch, thresholds=tune_thresholds(dev_labels, dev_probs), probs=dev_probs)
-            if is_main():
-                save_model(model, tokenizer, label2idx, save_model_path, best["thresholds"])
-        history.append(row)
-        if is_main():
-            dump_jsonl(history, beside_model("history.json"))
-        log_epoch(row, total_epochs, len(train_set))
-        if patience and epoch - best["epoch"] >= patience:
-            log("stop", f"no better {best_metric} in {patience} epochs")
-            break
-    used = dict(encoder=encoder, lr=encoder_lr, head_lr=top_lr, epochs=total_epochs, precision=mode)
-    report_run(best, model, tokenizer, dev_set, used, time.perf_counter() - started)
+def constants():
+    """Return the constants of this script by name, and the encoder's name."""
+    return {"pretrained_model": bert_multilabel_cls.pretrained_model, "mega_batches": data_helper.mega_batches,
+            **{name: value for name, value in globals().items()
+               if not name.startswith("_") and isinstance(value, (int, float, str, type(None), torch.device))}}
+
+
+def identify(mode, processes):
+    """Return what must not change while a run is stopped, by name: constants and files, as strings."""
+    files = {path: f"a file with sha256 {file_hash(path)}" for path in (train_path, dev_path, test_path, label2idx_path)}
+    fixed = {name: value for name, value in constants().items() if name not in ("resume", "save_minutes", "state_name")}
+    return {name: str(value) for name, value in
+            {**fixed, **files, "precision in use": mode, "number of processes": processes}.items()}
+
+
+def read_state(identity, processes):
+    """Return the state of the run to go on with; None if there is none, or `resume` is off.
+
+    Raises InputError if it is that of another run, or cannot be read by all processes.
+    """
+    path = beside(save_model_path, state_name)
+    seen = resume and os.path.exists(path)
+    mark = torch.tensor(zlib.crc32(json.dumps([identity, seen]).encode()))
+    if over_processes(mark.clone()) != mark * processes:
+        raise InputError(f"the data files, the constants or {path} are not the same for all processes; share one folder "
+                         "between the machines")
+    if not seen:
+        return None
+    saved = load_tensors(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("identity"), dict):
+        raise InputError(f"{path}: not the state of a run; set resume = False in train.py to start over")
+    refuse_changes(path, saved["identity"], identity)
+    return saved
+
+
+saved_parts = ("model", "optimizer", "scheduler", "scaler")  # of a run: have state_dict and load_state_dict
+saved_values = ("identity", "plan", "epoch", "batch", "history", "best", "seconds")
+
+
+def save_state(run):
+    """Write all that the run needs to go on from here. All processes call it; the main one writes."""
+    check_losses(run)
+    own = dict(generators=from_processes(random_state(device)), total_losses=from_processes(run.total_loss.cpu()))
+    if is_main():
+        with whole_file(beside(save_model_path, state_name)) as temporary:
+            torch.save({**{name: getattr(run, name).state_dict() for name in saved_parts},
+                        **{name: getattr(run, name) for name in saved_values},
+                        **own, "spent": time.perf_counter() - run.begun}, temporary)
+    run.saved_at = time.monotonic()
+
+
+def go_on(run, saved):
+    """Bring a new run to the state of a saved one."""
+    for name in saved_parts:
+        getattr(run, name).load_state_dict(saved[name])
+    for name in saved_values:
+        setattr(run, name, saved[name])
+    run.total_loss = saved["total_losses"][run.rank].to(device)
+    run.begun -= saved["spent"]
+    set_random_state(saved["generators"][run.rank])
+    if run.best and not run.batch:
+        keep_best(run)  # the kill may have come between the state and the model
+    log("resume", f"from {beside(save_model_path, state_name)}", epoch=run.epoch + 1, batch=run.batch)
+
+
+def save_if_due(run):
+    """Save the state every `save_minutes`, and end the run if a signal asks for it; all processes at the same step."""
+    due = time.monotonic() - run.saved_at >= 60 * save_minutes
+    asked = largest(max([*run.signals, due]))  # no signal that we note has the number 1
+    if asked:
+        run.seconds = time.perf_counter() - run.start
+        save_state(run)
+    if asked > 1:
+        stop(run, asked)
+
+
+def stop(run, number):
+    """End the run, whose state is saved, after the signal `number`: exit code 128 + number, as a shell has it."""
+    log("stopped", f"saved in {beside(save_model_path, state_name)}; to go on: python train.py", epoch=run.epoch + 1,
+        batch=run.batch)
     leave_processes()
+    sys.exit(128 + number)
 
 
 def check_constants():
     """Raise InputError if a constant is out of range."""
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: must be "accuracy", "micro_f1", "macro_f1" or "loss"')
-    for name, least in (("epochs", 1), ("scratch_epochs", 1), ("batch_size", 1), ("accumulation_steps", 1),
-                        ("patience", 0)):
-        if type(globals()[name]) is not int or globals()[name] < least:
-            raise InputError(f"{name} = {globals()[name]!r}: must be a whole number, at least {least}")
-    for name in ("warmup_ratio", "dropout"):
-        if not 0 <= globals()[name] <= 1:
-            raise InputError(f"{name} = {globals()[name]!r}: must be from 0 to 1")
+    for name in ("epochs", "scratch_epochs", "batch_size", "accumulation_steps", "compiled_length"):
+        check_number(name, globals()[name], 1, whole=True)
+    for name in ("patience", "tune_from", "seed"):
+        check_number(name, globals()[name], 0, whole=True)
+    for name in ("warmup_ratio", "dropout", "lr", "head_lr", "scratch_lr", "weight_decay"):
+        check_number(name, globals()[name], 0, 1)
+    for name in ("max_grad_norm", "save_minutes"):
+        check_number(name, globals()[name], 0)
 
 
 def get_encoder():
@@ -182,6 +341,7 @@ def get_encoder():
         return folder, lr, head_lr, epochs
     if name != bert_multilabel_cls.shipped_model:
         raise InputError(tried)
+    check_max_len(max_len, BertConfig(**data_helper.scratch_config))
     log("note", tried)
     log("note", f"going on without it: a small BERT, trained from scratch on {train_path} alone, knows less; it takes "
                 "scratch_lr and scratch_epochs in place of lr, head_lr and epochs")
@@ -190,64 +350,10 @@ def get_encoder():
     return scratch_path, scratch_lr, scratch_lr, scratch_epochs
 
 
-def check_same_data(dataset, processes):
-    """Raise InputError where the processes of one run read different files, as two machines may."""
-    labels = json.dumps(dataset.label2idx, sort_keys=True).encode()
-    mark = torch.tensor(zlib.crc32(dataset.ids.numpy(), zlib.crc32(dataset.targets.numpy(), zlib.crc32(labels))))
-    if add_up(mark, device) != mark * processes:
-        raise InputError(f"{train_path}, {label2idx_path} or the encoder is not the same for all processes; share one "
-                         "folder between the machines, or copy it")
-
-
-def set_up(model, dataset, processes):
-    """Return what runs forward and backward for `model`: itself, compiled, or joined to the other processes'."""
-    if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if compile_model:
-        dataset.round_to = compiled_length
-        model = torch.compile(model, dynamic=False)
-    return DistributedDataParallel(model) if processes > 1 else model
-
-
-def progress_bar(words, texts):
-    """Return a bar that counts `texts`, in the main process and in a terminal only."""
-    return tqdm(total=texts, desc=words, unit="ex", leave=False, disable=None if is_main() else True)
-
-
-def start_at_prior(fc, labels):
-    """Set the bias of the last layer to the log odds of each label's share in `labels` (N, C).
-
-    Lin et al. 2017, arXiv 1708.02002, section 4.1. With a bias of 0 every label starts at 0.5, and the
-    first steps only push all of them down together: the model learns to predict nothing.
-    """
-    share = labels.float().mean(0).clamp(1 / (len(labels) + 1), len(labels) / (len(labels) + 1))  # never infinite odds
-    with torch.no_grad():
-        fc.bias.copy_(torch.log(share / (1 - share)))
-
-
-def parameter_groups(model, encoder_lr, top_lr):
-    """Return the optimizer's groups: the encoder's layers, then the top: the pooler and the last layer.
-
-    Biases and LayerNorm, the parameters of one dimension, are groups of their own without weight decay.
-    """
-    top = [*model.bert.pooler.parameters(), *model.fc.parameters()]
-    in_top = {id(p) for p in top}
-    layers = [p for p in model.parameters() if id(p) not in in_top]
-    return [{"params": [p for p in part if (p.ndim > 1) == decays], "lr": part_lr,
-             "weight_decay": weight_decay if decays else 0.0}
-            for part, part_lr in ((layers, encoder_lr), (top, top_lr)) for decays in (True, False)]
-
-
-def beside_model(name):
-    """Return the path of a file in the trained model's folder."""
-    return os.path.join(os.path.dirname(save_model_path), name)
-
-
-def log_epoch(row, total_epochs, examples):
-    """Print the line of an epoch."""
-    scores = {name: f"{row[name]:.4f}" for name in ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")}
-    log("epoch", epoch=f"{row['epoch']}/{total_epochs}", **scores, time=f"{row['seconds']:.1f}s",
-        speed=f"{examples / row['seconds']:.1f}examples/s", saved="yes" if row["saved"] else "no")
+def progress_bar(run, batches):
+    """Return a bar that counts the texts of an epoch, in the main process and in a terminal only."""
+    return tqdm(total=len(run.train_set), initial=sum(map(len, batches[:run.batch])), unit="ex", leave=False,
+                desc=f"epoch {run.epoch + 1}/{run.epochs}", disable=None if is_main() else True)
 
 
 def get_acc_score(y_true_tensor, y_pred_tensor):
@@ -269,7 +375,7 @@ def evaluate(model, dataset, criterion, mode):
     if batches:
         order = [index for batch in batches for index in batch]
         probs[order] = gather_probs(model, load_batches(dataset, batches, device), mode)[0]
-    probs = add_up(probs, device)
+    over_processes(probs)
     return criterion(probs, dataset.labels).item(), probs
 
 
@@ -295,121 +401,34 @@ def measure(model, tokenizer, label2idx, data_path):
     model.bert.to(dtypes[choose_precision(precision, device)])
     loss, probs = evaluate(model.to(device), dataset, nn.BCELoss(), "fp32")
     labels, names = dataset.labels, label_names(label2idx)
-    scores = {"loss": loss, **all_scores(labels, probs, names, getattr(model.bert.config, "thresholds", {}))}
+    scores = {"loss": loss, **all_scores(labels, probs, names, model.bert.config.thresholds)}
     log_labels(scores["by_label"])
     log_scores("test", scores)
     return scores, find_errors([text for text, _ in read_examples(data_path)], labels, probs, names)
 
 
-def by_label(truth, predicted):
-    """Return (precision, recall, F1, support), each (C,), of two bool matrices (N, C); 0 where undefined."""
-    if truth.shape[1] == 1:  # which scikit-learn would take for two classes
-        return precision_recall_fscore_support(truth[:, 0], predicted[:, 0], labels=[True], zero_division=0)
-    return precision_recall_fscore_support(truth, predicted, zero_division=0)
-
-
-def summary(labels, probs, threshold=0.5):
-    """Return {score: value} of probabilities (N, C) above one threshold, or above one for each label (C,).
-
-    In the macro scores a label without examples counts 0, as one that is never found.
-    """
-    truth, predicted = labels.numpy() > 0.5, (probs > threshold).numpy()
-    micro = precision_recall_fscore_support(truth.ravel(), predicted.ravel(), average="binary", zero_division=0)
-    macro = [values.mean() for values in by_label(truth, predicted)]
-    scores = {"accuracy": accuracy_score(truth, predicted), "hamming_loss": hamming_loss(truth, predicted)}
-    for average, values in (("micro", micro), ("macro", macro)):
-        scores.update({f"{average}_{name}": float(v) for name, v in zip(("precision", "recall", "f1"), values)})
-    return scores
-
-
-def all_scores(labels, probs, names, thresholds):
-    """Return {"at_0.5": scores, "at_single": scores, "at_by_label": scores, "by_label": {name: scores at 0.5}}.
-
-    `thresholds` is what tune_thresholds returned; without it only 0.5 is measured.
-    """
-    columns = zip(*by_label(labels.numpy() > 0.5, (probs > 0.5).numpy()))
-    table = {name: dict(precision=float(p), recall=float(r), f1=float(f), support=int(n))
-             for name, (p, r, f, n) in zip(names, columns)}
-    tuned = {f"at_{kind}": summary(labels, probs, torch.tensor(value)) for kind, value in thresholds.items()}
-    return {"at_0.5": summary(labels, probs), **tuned, "by_label": table}
-
-
-def tune_thresholds(labels, probs):
-    """Return {"single": t, "by_label": [t, …]}: what gives the best micro F1, and the best F1 of each label.
-
-    For dev only: chosen on the texts on which they are judged, thresholds always look good.
-    """
-    single = best_threshold(labels, probs)
-    enough = (labels.sum(0) >= tune_from).tolist()
-    return {"single": single, "by_label": [best_threshold(labels[:, c], probs[:, c]) if enough[c] else single
-                                           for c in range(len(enough))]}
-
-
-def best_threshold(labels, probs):
-    """Return the threshold from 0.05 to 0.95 with the best F1 over all entries; among equals the nearest to 0.5."""
-    truth = labels > 0.5
-    best = 0.0, 0.0, 0.5
-    for percent in range(5, 96):
-        predicted = probs > percent / 100
-        f1 = 2 * (predicted & truth).sum().item() / max(1, predicted.sum().item() + truth.sum().item())
-        best = max(best, (f1, -abs(percent - 50), percent / 100))
-    return best[2]
-
-
-def find_errors(texts, labels, probs, names):
-    """Return a dict for each text whose labels at 0.5 are not all right, the most confident mistakes first."""
-    truth = labels > 0.5
-    surprise = torch.where(truth, 1 - probs, probs).max(1).values  # of a text's worst label
-    errors = []
-    for row in surprise.argsort(descending=True, stable=True).tolist():
-        true, predicted = truth[row].tolist(), (probs[row] > 0.5).tolist()
-        if true != predicted:
-            shown = [c for c in range(len(names)) if true[c] or predicted[c]]
-            errors.append({"text": texts[row], "true": [names[c] for c in shown if true[c]],
-                           "predicted": [names[c] for c in shown if predicted[c]],
-                           "probability": {names[c]: round(probs[row, c].item(), 4) for c in shown}})
-    return errors
-
-
-def log_scores(event, scores):
-    """Print what all_scores returned, and the loss: a line for each kind of threshold."""
-    for kind in ("at_0.5", "at_single", "at_by_label"):
-        if kind in scores:
-            log(event, threshold=kind.removeprefix("at_"), loss=f"{scores['loss']:.4f}",
-                **{name: f"{value:.4f}" for name, value in scores[kind].items()})
-
-
-def log_labels(table):
-    """Print a line for each label, the weakest first."""
-    for name, row in sorted(table.items(), key=lambda item: item[1]["f1"]):
-        log("label", name, precision=f"{row['precision']:.4f}", recall=f"{row['recall']:.4f}", f1=f"{row['f1']:.4f}",
-            support=row["support"])
-
-
-def report_run(best, model, tokenizer, dev_set, used, seconds):
-    """Measure the best model on dev and test; write metrics.json and errors.json beside the model.
-
-    used: what the run took where the constants leave it open, such as the precision behind "auto".
-    """
-    names = label_names(dev_set.label2idx)
-    dev_scores = {"loss": -best["score"][1], **all_scores(dev_set.labels, best["probs"], names, best["thresholds"])}
+def report_run(run):
+    """Measure the best model on dev and test; write metrics.json and errors.json beside the model."""
+    best, names = run.best, label_names(run.dev_set.label2idx)
+    dev_scores = {"loss": -best["score"][1], **all_scores(run.dev_set.labels, best["probs"], names, best["thresholds"])}
+    seconds = time.perf_counter() - run.begun
     log("best", epoch=best["epoch"], time=f"{seconds:.1f}s")
     log_scores("dev", dev_scores)
     if is_main():
-        model.load_state_dict(load_state(save_model_path))
-    spread(model)
-    model.bert.config.thresholds = best["thresholds"]
-    test_scores, errors = measure(model, tokenizer, dev_set.label2idx, test_path)
-    constants = {name: value if isinstance(value, (int, float)) else str(value) for name, value in globals().items()
-                 if not (name.startswith("_") or callable(value) or isinstance(value, type(os)))}
+        run.model.load_state_dict(load_state(save_model_path))
+    spread(run.model)
+    run.model.bert.config.thresholds = best["thresholds"]
+    test_scores, errors = measure(run.model, run.tokenizer, run.dev_set.label2idx, test_path)
     if not is_main():
         return
-    dump_jsonl(errors, beside_model("errors.json"))
-    dump_json({"pretrained_model": bert_multilabel_cls.pretrained_model, "used": used, "best_epoch": best["epoch"],
-               "seconds": round(seconds, 1),
+    dump_jsonl(errors, beside(save_model_path, "errors.json"))
+    used = dict(zip(("encoder", "lr", "head_lr", "epochs"), run.plan), precision=run.mode, processes=run.processes)
+    dump_json({"used": used, "best_epoch": best["epoch"], "seconds": round(seconds, 1),
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-               "constants": constants, "labels": names, "thresholds": best["thresholds"],
-               "dev": dev_scores, "test": test_scores}, beside_model("metrics.json"), indent=1)
+               "constants": {name: value if isinstance(value, (int, float, type(None))) else str(value)
+                             for name, value in constants().items()},
+               "labels": names, "thresholds": best["thresholds"], "dev": dev_scores, "test": test_scores},
+              beside(save_model_path, "metrics.json"), indent=1)
 
 
 if __name__ == "__main__":

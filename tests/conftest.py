@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +63,30 @@ def set_up(folder, monkeypatch, encoder_folder):
     monkeypatch.setattr(predict, "device", "cpu")
     monkeypatch.setattr(predict, "precision", "fp32")
     predict.load_once.cache_clear()
+
+
+def script(encoder_folder, **constants):
+    """Return Python code that trains as `python train.py` does, with these constants and the tiny encoder."""
+    constants = dict(device="cpu", precision="fp32", epochs=3, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3) | constants
+    lines = [f"train.{name} = {value!r}" for name, value in constants.items()]
+    return "\n".join(["import bert_multilabel_cls, train", f"bert_multilabel_cls.pretrained_model = {encoder_folder!r}",
+                      *lines, "train.run_script(train.train)"])
+
+
+def start(code, processes=1, **options):
+    """Start a Python process, or `processes` of them under torchrun, in the current folder."""
+    command = [sys.executable, "-c", code]
+    if processes > 1:
+        Path("run_it.py").write_text(code, encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "run_it.py"]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(root)}, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finish(process):
+    """Wait for a process; return (exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
 
 
 @pytest.fixture

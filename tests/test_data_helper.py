@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader
 from transformers import BertModel, BertTokenizer
 
@@ -193,6 +194,48 @@ def test_a_large_batch_costs_little_more_than_a_small_one(dataset):
         return time.perf_counter() - start
     dataset[[0]]
     assert min(seconds([1] * 500) for _ in range(3)) < 50 * min(seconds([1]) for _ in range(3))
+
+
+TRUTH = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
+PROBS = torch.tensor([[0.9, 0.6, 0.1], [0.3, 0.8, 0.1], [0.2, 0.4, 0.1], [0.1, 0.1, 0.1]])
+
+
+def test_summary_is_what_scikit_learn_says():
+    scores = data_helper.summary(TRUTH, PROBS)
+    # per label: 1 of 1 right and 1 of 2 found; 1 of 2 right and 1 of 2 found; no example, nothing predicted
+    assert scores == pytest.approx(dict(accuracy=0.25, hamming_loss=3 / 12, micro_precision=2 / 3, micro_recall=0.5,
+                                        micro_f1=4 / 7, macro_precision=0.5, macro_recall=1 / 3,
+                                        macro_f1=(2 / 3 + 1 / 2 + 0) / 3))
+    truth, predicted = TRUTH.numpy(), (PROBS > 0.5).numpy()
+    assert scores["micro_f1"] == pytest.approx(f1_score(truth, predicted, average="micro"))
+    assert scores["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
+
+
+def test_one_label_is_measured_as_that_label():
+    scores = data_helper.summary(TRUTH[:, :1], PROBS[:, :1])
+    assert (scores["micro_f1"], scores["macro_f1"]) == pytest.approx((2 / 3, 2 / 3))
+    assert data_helper.all_scores(TRUTH[:, :1], PROBS[:, :1], ["a"], {})["by_label"]["a"]["support"] == 2
+
+
+def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples():
+    tuned = data_helper.tune_thresholds(TRUTH, PROBS, 2)
+    assert 0.2 <= tuned["by_label"][0] < 0.3  # finds both examples of the first label, and no more
+    assert tuned["by_label"][2] == tuned["single"]  # no example
+    best = max(data_helper.summary(TRUTH, PROBS, t / 100)["micro_f1"] for t in range(5, 96))
+    assert data_helper.summary(TRUTH, PROBS, tuned["single"])["micro_f1"] == pytest.approx(best)
+    scores = data_helper.all_scores(TRUTH, PROBS, ["a", "b", "c"], tuned)
+    assert scores["at_by_label"]["micro_f1"] >= scores["at_0.5"]["micro_f1"]
+
+
+def test_among_equal_thresholds_the_nearest_to_one_half_is_taken():
+    assert data_helper.best_threshold(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.1])) == 0.5
+
+
+def test_errors_come_with_the_most_confident_first():
+    errors = data_helper.find_errors(["a", "b", "c", "d"], TRUTH, PROBS, ["x", "y", "z"])
+    assert errors == [{"text": "b", "true": ["x", "y"], "predicted": ["y"], "probability": {"x": 0.3, "y": 0.8}},
+                      {"text": "a", "true": ["x"], "predicted": ["x", "y"], "probability": {"x": 0.9, "y": 0.6}},
+                      {"text": "c", "true": ["y"], "predicted": [], "probability": {"y": 0.4}}]
 
 
 TEXTS = ["今天股市大涨，股市成交放量", "股市低开 vs 高开 vs 平开", "vs 股市"] * 3

@@ -81,7 +81,7 @@ def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
 def test_numbers_of_labels_out_of_range_are_an_error(trained, monkeypatch, at_least, at_most):
     monkeypatch.setattr(predict, "min_labels", at_least)
     monkeypatch.setattr(predict, "max_labels", at_most)
-    with pytest.raises(InputError, match="min_labels = "):
+    with pytest.raises(InputError, match="m.._labels = "):
         predict.predict(["中超"])
 
 
@@ -171,3 +171,32 @@ def test_script_prints_texts_labels_and_probabilities(trained):
     assert run.returncode == 0, run.stderr
     assert [line.split("\t")[0] for line in lines] == predict.texts
     assert all(line.split("\t")[1] == "no label" or "(0." in line.split("\t")[1] for line in lines)
+
+
+def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(trained, monkeypatch):
+    """bf16 agrees with float32 on at least 99.9 % of the decisions, over 3,000 texts with 4 labels each."""
+    chance = np.random.default_rng(0)
+    signs = list("中超股市今日开赛大涨球门得分基金")
+    many = ["".join(chance.choice(signs, chance.integers(1, 14))) for _ in range(3000)]
+    exact = predict.predict_proba(many)
+    monkeypatch.setattr(predict, "precision", "bf16")
+    rounded = predict.predict_proba(many)
+    assert predict.trained_model()[0].bert.pooler.dense.weight.dtype == torch.bfloat16
+    assert predict.trained_model()[0].fc.weight.dtype == torch.float32
+    assert not np.array_equal(exact, rounded)
+    assert ((exact > 0.5) == (rounded > 0.5)).mean() >= 0.999
+
+
+def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):
+    sizes, real = [], predict.pad
+    monkeypatch.setattr(predict, "pad", lambda *given: sizes.append(len(given[1])) or real(*given))
+    monkeypatch.setattr(predict, "sorted_together", 10)
+    monkeypatch.setattr(predict, "batch_size", 4)
+    assert len(predict.predict(["中超"] * 25)) == 25
+    assert sizes == [4, 4, 2, 4, 4, 2, 4, 1]
+
+
+def test_a_cold_start_imports_nothing_that_prediction_does_not_need():
+    code = "import sys, predict; print([name for name in ('sklearn', 'train') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader
 
 import bert_multilabel_cls
@@ -41,7 +40,7 @@ def test_the_bias_starts_at_the_log_odds_of_each_label():
 
 def test_biases_and_layer_norm_do_not_decay(project):
     model = BertMultiLabelCls(None, 4)
-    groups = {id(p): group for group in train.parameter_groups(model, 1e-5, 1e-4) for p in group["params"]}
+    groups = {id(p): group for group in train.parameter_groups(model, 1e-5, 1e-4, train.weight_decay) for p in group["params"]}
     for name, parameter in model.named_parameters():
         group = groups.pop(id(parameter))
         assert group["weight_decay"] == (0 if "bias" in name or "LayerNorm" in name else train.weight_decay), name
@@ -187,49 +186,6 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypat
         train.train()
         states.append(without_key_biases(load_model(train.save_model_path, "")[0].state_dict()))
     torch.testing.assert_close(*states, atol=1e-4, rtol=0)
-
-
-TRUTH = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
-PROBS = torch.tensor([[0.9, 0.6, 0.1], [0.3, 0.8, 0.1], [0.2, 0.4, 0.1], [0.1, 0.1, 0.1]])
-
-
-def test_summary_is_what_scikit_learn_says():
-    scores = train.summary(TRUTH, PROBS)
-    # per label: 1 of 1 right and 1 of 2 found; 1 of 2 right and 1 of 2 found; no example, nothing predicted
-    assert scores == pytest.approx(dict(accuracy=0.25, hamming_loss=3 / 12, micro_precision=2 / 3, micro_recall=0.5,
-                                        micro_f1=4 / 7, macro_precision=0.5, macro_recall=1 / 3,
-                                        macro_f1=(2 / 3 + 1 / 2 + 0) / 3))
-    truth, predicted = TRUTH.numpy(), (PROBS > 0.5).numpy()
-    assert scores["micro_f1"] == pytest.approx(f1_score(truth, predicted, average="micro"))
-    assert scores["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
-
-
-def test_one_label_is_measured_as_that_label():
-    scores = train.summary(TRUTH[:, :1], PROBS[:, :1])
-    assert (scores["micro_f1"], scores["macro_f1"]) == pytest.approx((2 / 3, 2 / 3))
-    assert train.all_scores(TRUTH[:, :1], PROBS[:, :1], ["a"], {})["by_label"]["a"]["support"] == 2
-
-
-def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(monkeypatch):
-    monkeypatch.setattr(train, "tune_from", 2)
-    tuned = train.tune_thresholds(TRUTH, PROBS)
-    assert 0.2 <= tuned["by_label"][0] < 0.3  # finds both examples of the first label, and no more
-    assert tuned["by_label"][2] == tuned["single"]  # no example
-    best = max(train.summary(TRUTH, PROBS, t / 100)["micro_f1"] for t in range(5, 96))
-    assert train.summary(TRUTH, PROBS, tuned["single"])["micro_f1"] == pytest.approx(best)
-    scores = train.all_scores(TRUTH, PROBS, ["a", "b", "c"], tuned)
-    assert scores["at_by_label"]["micro_f1"] >= scores["at_0.5"]["micro_f1"]
-
-
-def test_among_equal_thresholds_the_nearest_to_one_half_is_taken():
-    assert train.best_threshold(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.1])) == 0.5
-
-
-def test_errors_come_with_the_most_confident_first():
-    errors = train.find_errors(["a", "b", "c", "d"], TRUTH, PROBS, ["x", "y", "z"])
-    assert errors == [{"text": "b", "true": ["x", "y"], "predicted": ["y"], "probability": {"x": 0.3, "y": 0.8}},
-                      {"text": "a", "true": ["x"], "predicted": ["x", "y"], "probability": {"x": 0.9, "y": 0.6}},
-                      {"text": "c", "true": ["y"], "predicted": [], "probability": {"y": 0.4}}]
 
 
 def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
