@@ -370,7 +370,7 @@ def set_up(model, device, compiled, processes):
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
         reuse_memory()
-    runner = torch.compile(model, dynamic=False) if compiled else model
+    runner = torch.compile(model) if compiled else model
     return DistributedDataParallel(runner) if processes > 1 else runner
 
 

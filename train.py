@@ -48,8 +48,8 @@ scratch_path = "./model/scratch_encoder"  # where the small BERT from scratch go
 # Machine.
 device = "cuda" if torch.cuda.is_available() else "cpu"
 precision = "auto"  # "bf16", "fp16" (GPU only), "fp32"; "auto" takes the fastest that the hardware has natively
-compile_model = False  # True compiles the network first, which takes a minute and more; for long runs on a GPU
-compiled_length = 16  # tokens; lengths are rounded up to multiples of it, and each of them is compiled once
+compile_model = False  # True compiles the network first, twice, some minutes on a CPU; for long runs on a GPU
+compiled_length = 8  # tokens; compiled, lengths are rounded up to a multiple of it, the shapes that GPUs like
 
 # Recipe.
 lr = 2e-5  # highest learning rate of the encoder

@@ -162,6 +162,20 @@ def test_steps_and_schedule_are_right(project, monkeypatch, capsys, batch_size, 
     assert [groups[-1] for groups in rates] == pytest.approx([train.head_lr * share for share in expected])
 
 
+def test_a_compiled_network_is_compiled_a_handful_of_times(project, monkeypatch):
+    """By dynamo, without a C++ compiler: 14 lengths, and a last batch with fewer texts."""
+    write_jsonl("data/train.json", [("中" * (1 + n % 14), ["体育"]) for n in range(57)])
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
+    for name, value in dict(compile_model=True, compiled_length=2, batch_size=4).items():
+        monkeypatch.setattr(train, name, value)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train.train()
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert set(load_model("./model/multi_label_cls.pth", "")[0].state_dict()) == set(BertMultiLabelCls(None, 4).state_dict())
+
+
 def test_gradients_are_clipped(project, monkeypatch):
     monkeypatch.setattr(train, "max_grad_norm", 1e-3)
     norms = watch_steps(monkeypatch, lambda optimizer: torch.cat([
