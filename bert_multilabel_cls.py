@@ -8,10 +8,9 @@ cache of the hub, the hub. A trained model is a folder that needs nothing else t
     model/tokenizer*.json         the tokenizer
 """
 import copy
-import ctypes
 import hashlib
 import os
-import tempfile
+import shutil
 import threading
 from contextlib import contextmanager, suppress
 
@@ -23,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data_preprocess import (InputError, encoder_files, first_line, is_encoder, load_json, load_label2idx,
-                             whole_file)
+from data_preprocess import (InputError, check_number, encoder_files, first_line, is_encoder, load_label2idx, load_object,
+                             reuse_memory, whole_file)
 
 shipped_model = "bert-base-chinese"  # leave as it is: without a network only this one is replaced, by a small BERT
 pretrained_model = shipped_model  # any BERT: a Hugging Face id, or a folder written by save_pretrained
@@ -72,7 +71,7 @@ def pooled_output(bert, input_ids, attention_mask, token_type_ids):
     costs little more than its keys and values. The names are those of the weights in a checkpoint.
     """
     hidden = bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-    if torch.is_autocast_enabled(hidden.device.type):  # else float32 runs between the layers, and each converts it
+    if torch.is_autocast_enabled(hidden.device.type):  # else on a CPU float32 runs between the layers, which all convert it
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     seen = attention_mask[:, None, None].bool()  # (B, 1, 1, T): for every head and every token
     *layers, last = bert.encoder.layer
@@ -174,7 +173,7 @@ def load_pretrained(part, name):
     """
     folder, tried = find_encoder(name)
     if folder:
-        kind = load_json(os.path.join(folder, "config.json")).get("model_type", "bert")
+        kind = load_object(os.path.join(folder, "config.json")).get("model_type", "bert")
         if kind != "bert":
             raise InputError(f'{name}: its model_type is "{kind}", but only "bert" is supported')
     try:
@@ -240,19 +239,26 @@ def files_on_hub(name):
 
 def save_pretrained_whole(part, folder):
     """Write a model, tokenizer or configuration to `folder` as its save_pretrained does, each file whole."""
-    os.makedirs(folder, exist_ok=True)
-    with locally(), tempfile.TemporaryDirectory(dir=folder) as temporary:
-        part.save_pretrained(temporary)
-        for name in os.listdir(temporary):
-            with whole_file(os.path.join(folder, name)) as target:
-                os.replace(os.path.join(temporary, name), target)
+    unfinished = os.path.join(folder, "unfinished.tmp")  # of a fixed name, so that kills leave one at most
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with locally():
+            part.save_pretrained(unfinished)
+    except Exception as error:  # a full disk is an OSError, or one of safetensors' own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
+    for name in os.listdir(unfinished):
+        with whole_file(os.path.join(folder, name)) as target:
+            os.replace(os.path.join(unfinished, name), target)
+    os.rmdir(unfinished)
 
 
 def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
     """Write a trained model's folder: weights to `model_path`, configuration and tokenizer beside them.
 
     thresholds: what was tuned on dev, kept in the configuration because it fits only these weights. It
-    also keeps those of the weights before them: a kill between the two files leaves a model that loads.
+    also keeps those of the weights before them, if labels and sizes are the same: a kill between the two
+    files then leaves a model that loads.
     """
     folder = os.path.dirname(model_path) or "."
     config = copy.deepcopy(model.bert.config)
@@ -260,9 +266,11 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
                        problem_type="multi_label_classification", dtype="float32"))
     before = {}
     with suppress(InputError):  # there is none yet, or none that can be read
-        before = load_json(os.path.join(folder, "config.json"))
+        before = load_object(os.path.join(folder, "config.json"))
     same = all(before.get(name) == getattr(config, name) for name in ("label2id", "hidden_size", "vocab_size"))
-    known = {fingerprint(model.state_dict()): thresholds or {}, **(before.get("classifiers", {}) if same else {})}
+    known = {fingerprint(model.state_dict()): thresholds or {}}
+    for classifier_hash, tuned in before.get("classifiers", {}).items() if same else ():
+        known.setdefault(classifier_hash, tuned)
     config.classifiers = dict(list(known.items())[:4])
     with whole_file(model_path) as temporary:
         torch.save(model.state_dict(), temporary)
@@ -286,7 +294,7 @@ def load_model(model_path, label2idx_path):
     folder = os.path.dirname(model_path) or "."
     state = load_state(model_path)
     config_path = os.path.join(folder, "config.json")
-    classifiers = load_json(config_path).get("classifiers") if os.path.exists(config_path) else None
+    classifiers = load_object(config_path).get("classifiers") if os.path.exists(config_path) else None
     complete = classifiers is not None
     if complete and fingerprint(state) not in classifiers:
         raise InputError(f"{model_path}: is not the model that {config_path} was written for, so its labels are "
@@ -312,7 +320,8 @@ def load_model(model_path, label2idx_path):
 
 
 def check_max_len(max_len, config):
-    """Raise InputError if texts of `max_len` tokens are longer than the encoder has positions for."""
+    """Raise InputError if texts of `max_len` tokens are longer than the encoder has positions for, or hold no text."""
+    check_number("max_len", max_len, 3, whole=True)  # [CLS], one token, [SEP]
     if max_len > config.max_position_embeddings:
         raise InputError(f"max_len = {max_len}: this encoder takes at most {config.max_position_embeddings} tokens")
 
@@ -353,7 +362,7 @@ def choose_precision(precision, device):
     if precision != "auto":
         return precision
     if on_gpu:
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     able = torch.cpu.get_capabilities()
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
@@ -371,18 +380,7 @@ def set_up(model, device, compiled, processes):
     else:
         reuse_memory()
     runner = torch.compile(model) if compiled else model
-    return DistributedDataParallel(runner) if processes > 1 else runner
-
-
-def reuse_memory():
-    """Have Linux's allocator keep large blocks, which the system else takes back and fills with zeros, step by step.
-
-    That was a tenth of a training step on a CPU. Other systems go without.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD, in bytes
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    return DistributedDataParallel(runner, forward_sync_buffers=False) if processes > 1 else runner
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import re
 from array import array
 from collections import Counter
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 
@@ -19,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
 from bert_multilabel_cls import save_pretrained_whole
-from data_preprocess import (InputError, chinese, chinese_pieces, is_main, load_label2idx, most_common, read_examples,
+from data_preprocess import (InputError, check_number, chinese, chinese_pieces, count_processes, load_label2idx, most_common, read_examples,
                              run_script)
 
 chunk_texts = 1000  # texts that are tokenized at a time
@@ -104,8 +103,8 @@ def tokenize(tokenizer, texts, max_len):
     At most max_len tokens of a text are kept, [CLS] and [SEP] among them; longer texts lose their end.
     Raises InputError if max_len leaves no room for text.
     """
-    if max_len < 3:
-        raise InputError(f"max_len = {max_len}: must be at least 3, for [CLS], one token and [SEP]")
+    check_number("max_len", max_len, 3, whole=True)
+    check_number("chunk_texts", chunk_texts, 1, whole=True)
     ids, lengths, texts = array("i"), array("q"), iter(texts)
     while some := [text[:max_len * looked_at] for text in islice(texts, chunk_texts)]:
         rows = tokenizer(some, truncation=True, max_length=max_len, return_attention_mask=False,
@@ -143,6 +142,7 @@ def by_length(lengths, batch_size):
 
 def grouped_batches(lengths, batch_size, seed):
     """Return all indices as lists of `batch_size`, texts of similar length together, lists in random order."""
+    check_number("mega_batches", mega_batches, 1, whole=True)
     generator = torch.Generator().manual_seed(seed)
     indices = get_length_grouped_indices(lengths.tolist(), batch_size, mega_batches, generator)
     batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -178,12 +178,15 @@ def join_processes(device):
 
     Without torchrun that is (0, 1), and nothing else in this section does anything.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if count_processes() == 1:
         return 0, 1
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
+        on_gpu, local_rank = torch.device(device).type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
+        if on_gpu and (torch.device(device).index is not None or local_rank >= torch.cuda.device_count()):
+            raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", and there must be a GPU '
+                             f"for each; this machine has {torch.cuda.device_count()}")
+        if on_gpu:
+            torch.cuda.set_device(local_rank)
         # An hour, because the others wait while the first one downloads an encoder.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size()
@@ -219,15 +222,15 @@ def from_processes(tensor):
 def random_state(device):
     """Return the state of the random generators, the CPU's and a GPU's, as a tensor of bytes."""
     on_gpu = torch.device(device).type == "cuda"
-    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])])
+    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])])
 
 
-def set_random_state(state):
+def set_random_state(state, device):
     """Bring the random generators to a state that random_state returned."""
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size])
     if len(state) > size:
-        torch.cuda.set_rng_state(state[size:])
+        torch.cuda.set_rng_state(state[size:], device)
 
 
 def spread(model):
@@ -237,14 +240,12 @@ def spread(model):
             dist.broadcast(tensor, 0)
 
 
-@contextmanager
-def main_first():
-    """Run a block in the main process before the others run it: it may write what they then find."""
-    if dist.is_initialized() and not is_main():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and is_main():
-        dist.barrier()
+def from_main(value):
+    """Return what the main process gives as `value`; the others wait for it."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def by_label(truth, predicted):

@@ -29,8 +29,8 @@ import data_helper
 from bert_multilabel_cls import (BertMultiLabelCls, check_max_len, choose_precision, dtypes, find_encoder, gather_probs,
                                  load_model, load_pretrained, load_state, load_tensors, mixed, naming_memory,
                                  parameter_groups, save_model, set_up, start_at_prior)
-from data_helper import (MultiClsDataSet, all_scores, build_scratch_encoder, by_length, find_errors, from_processes,
-                         grouped_batches, join_processes, largest, leave_processes, load_batches, main_first,
+from data_helper import (MultiClsDataSet, all_scores, build_scratch_encoder, by_length, find_errors, from_main,
+                         from_processes, grouped_batches, join_processes, largest, leave_processes, load_batches,
                          over_processes, parts_of_steps, random_state, set_random_state, spread, summary,
                          tune_thresholds)
 from data_preprocess import (InputError, beside, check_number, dump_json, dump_jsonl, file_hash, is_main, label_names,
@@ -60,7 +60,7 @@ accumulation_steps = 1  # batches whose gradients add up to one step of the opti
 max_len = 128  # tokens; longer texts lose their end
 dropout = 0.1  # share of the pooled output that is set to 0 before the classifier
 warmup_ratio = 0.1  # share of the steps in which the learning rate rises; then it falls to 0
-max_grad_norm = 1.0  # gradients with a larger norm are scaled down to it
+max_grad_norm = 1.0  # gradients with a larger norm are scaled down to it; 0 never does
 weight_decay = 0.01  # a step, times the learning rate; biases and LayerNorm are spared
 seed = 42  # of weights, dropout and batches
 
@@ -122,7 +122,7 @@ def train_epoch(run):
         run.batch += 1
         if torch.device(device).type == "cpu" or run.batch % 20 == 0 and not bar.disable:  # reading waits for a GPU
             bar.set_postfix(loss=f"{check_losses(run):.4f}", refresh=False)
-        if last and run.batch < len(batches):
+        if last:
             save_if_due(run)
     bar.close()
     check_losses(run)
@@ -132,7 +132,7 @@ def train_epoch(run):
 def step(run):
     """Clip the gradients, and move the weights and the learning rate."""
     run.scaler.unscale_(run.optimizer)
-    nn.utils.clip_grad_norm_(run.model.parameters(), max_grad_norm)
+    nn.utils.clip_grad_norm_(run.model.parameters(), max_grad_norm or math.inf)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.scheduler.step()
@@ -199,8 +199,10 @@ def prepare():
     identity = identify(mode, processes)
     saved = read_state(identity, processes)
     torch.manual_seed(seed)
-    with main_first():
-        encoder, encoder_lr, top_lr, total_epochs = saved["plan"] if saved else get_encoder()
+    plan = saved["plan"] if saved else from_main(get_encoder() if is_main() else None)
+    encoder, encoder_lr, top_lr, total_epochs = plan
+    if not os.path.isdir(encoder):
+        encoder = bert_multilabel_cls.pretrained_model  # on another machine than the main process's: found by its name
     check_max_len(max_len, load_pretrained(BertConfig, encoder))
     tokenizer = load_pretrained(BertTokenizer, encoder)
     train_set, dev_set = (MultiClsDataSet(path, max_len, tokenizer=tokenizer, label2idx=label2idx)
@@ -211,7 +213,7 @@ def prepare():
     optimizer = torch.optim.AdamW(parameter_groups(model.to(device), encoder_lr, top_lr, weight_decay), fused=True)
     warmup = round(warmup_ratio * steps * total_epochs)
     run = SimpleNamespace(
-        rank=rank, processes=processes, mode=mode, identity=identity, plan=[encoder, encoder_lr, top_lr, total_epochs],
+        rank=rank, processes=processes, mode=mode, identity=identity, plan=plan,
         epochs=total_epochs, steps=steps, tokenizer=tokenizer, train_set=train_set, dev_set=dev_set, model=model,
         optimizer=optimizer, scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps * total_epochs),
         scaler=torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16"), criterion=nn.BCELoss(),
@@ -239,11 +241,11 @@ def constants():
 
 
 def identify(mode, processes):
-    """Return what must not change while a run is stopped, by name: constants and files, as strings."""
-    files = {path: f"a file with sha256 {file_hash(path)}" for path in (train_path, dev_path, test_path, label2idx_path)}
+    """Return what must not change while a run is stopped, by name: constants and the content of files, as strings."""
     fixed = {name: value for name, value in constants().items() if name not in ("resume", "save_minutes", "state_name")}
-    return {name: str(value) for name, value in
-            {**fixed, **files, "precision in use": mode, "number of processes": processes}.items()}
+    files = {path: f"a file with sha256 {file_hash(path)}" for path in (train_path, dev_path, test_path, label2idx_path)}
+    more = {"precision in use": mode, "number of processes": processes}
+    return {name: str(value) for name, value in {**fixed, **files, **more}.items()}
 
 
 def read_state(identity, processes):
@@ -259,10 +261,12 @@ def read_state(identity, processes):
                          "between the machines")
     if not seen:
         return None
-    saved = load_tensors(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("identity"), dict):
-        raise InputError(f"{path}: not the state of a run; set resume = False in train.py to start over")
-    refuse_changes(path, saved["identity"], identity)
+    try:
+        saved = load_tensors(path)
+        old = dict(saved["identity"])
+    except (InputError, TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: not the state of a run; set resume = False in train.py to start over") from None
+    refuse_changes(path, old, identity)
     return saved
 
 
@@ -273,24 +277,30 @@ saved_values = ("identity", "plan", "epoch", "batch", "history", "best", "second
 def save_state(run):
     """Write all that the run needs to go on from here. All processes call it; the main one writes."""
     check_losses(run)
+    if not torch.stack([parameter.detach().sum() for parameter in run.model.parameters()]).isfinite().all():
+        raise InputError(f"the weights are no numbers any more after epoch {run.epoch + 1}, batch {run.batch}, at a "
+                         f"learning rate of {run.scheduler.get_last_lr()[0]:.2e}; lower lr and head_lr")
     own = dict(generators=from_processes(random_state(device)), total_losses=from_processes(run.total_loss.cpu()))
     if is_main():
         with whole_file(beside(save_model_path, state_name)) as temporary:
             torch.save({**{name: getattr(run, name).state_dict() for name in saved_parts},
                         **{name: getattr(run, name) for name in saved_values},
-                        **own, "spent": time.perf_counter() - run.begun}, temporary)
+                        **own, "tokens": zlib.crc32(run.train_set.ids.numpy()), "spent": time.perf_counter() - run.begun}, temporary)
     run.saved_at = time.monotonic()
 
 
 def go_on(run, saved):
     """Bring a new run to the state of a saved one."""
+    if saved["tokens"] != zlib.crc32(run.train_set.ids.numpy()):
+        raise InputError(f"{run.plan[0]}: the encoder is not the one that the stopped run began with; set resume = False "
+                         "in train.py to start over")
     for name in saved_parts:
         getattr(run, name).load_state_dict(saved[name])
     for name in saved_values:
         setattr(run, name, saved[name])
     run.total_loss = saved["total_losses"][run.rank].to(device)
     run.begun -= saved["spent"]
-    set_random_state(saved["generators"][run.rank])
+    set_random_state(saved["generators"][run.rank], device)
     if run.best and not run.batch:
         keep_best(run)  # the kill may have come between the state and the model
     log("resume", f"from {beside(save_model_path, state_name)}", epoch=run.epoch + 1, batch=run.batch)
@@ -309,7 +319,8 @@ def save_if_due(run):
 
 def stop(run, number):
     """End the run, whose state is saved, after the signal `number`: exit code 128 + number, as a shell has it."""
-    log("stopped", f"saved in {beside(save_model_path, state_name)}; to go on: python train.py", epoch=run.epoch + 1,
+    again = "run the same command again" if resume else "set resume = True and run the same command again"
+    log("stopped", f"saved in {beside(save_model_path, state_name)}; to go on, {again}", epoch=run.epoch + 1,
         batch=run.batch)
     leave_processes()
     sys.exit(128 + number)
@@ -319,14 +330,12 @@ def check_constants():
     """Raise InputError if a constant is out of range."""
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: must be "accuracy", "micro_f1", "macro_f1" or "loss"')
-    for name in ("epochs", "scratch_epochs", "batch_size", "accumulation_steps", "compiled_length"):
-        check_number(name, globals()[name], 1, whole=True)
-    for name in ("patience", "tune_from", "seed"):
-        check_number(name, globals()[name], 0, whole=True)
-    for name in ("warmup_ratio", "dropout", "lr", "head_lr", "scratch_lr", "weight_decay"):
-        check_number(name, globals()[name], 0, 1)
-    for name in ("max_grad_norm", "save_minutes"):
-        check_number(name, globals()[name], 0)
+    ranges = {(1, None, True): ("epochs", "scratch_epochs", "batch_size", "accumulation_steps", "compiled_length"),
+              (0, None, True): ("patience", "tune_from", "seed"), (0, None, False): ("max_grad_norm", "save_minutes"),
+              (0, 1, False): ("warmup_ratio", "dropout", "lr", "head_lr", "scratch_lr", "weight_decay")}
+    for (least, most, whole), names in ranges.items():
+        for name in names:
+            check_number(name, globals()[name], least, most, whole)
 
 
 def get_encoder():
@@ -345,8 +354,7 @@ def get_encoder():
     log("note", tried)
     log("note", f"going on without it: a small BERT, trained from scratch on {train_path} alone, knows less; it takes "
                 "scratch_lr and scratch_epochs in place of lr, head_lr and epochs")
-    if is_main():
-        build_scratch_encoder([text for text, _ in read_examples(train_path)], scratch_path, seed)
+    build_scratch_encoder([text for text, _ in read_examples(train_path)], scratch_path, seed)
     return scratch_path, scratch_lr, scratch_lr, scratch_epochs
 
 
@@ -376,6 +384,9 @@ def evaluate(model, dataset, criterion, mode):
         order = [index for batch in batches for index in batch]
         probs[order] = gather_probs(model, load_batches(dataset, batches, device), mode)[0]
     over_processes(probs)
+    if not probs.isfinite().all():
+        raise InputError("the network gives no numbers any more; lower lr and head_lr, raise warmup_ratio, or set "
+                         'precision = "fp32"')
     return criterion(probs, dataset.labels).item(), probs
 
 
@@ -398,6 +409,7 @@ def measure(model, tokenizer, label2idx, data_path):
     """
     check_max_len(max_len, model.bert.config)
     dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+    torch.backends.cuda.matmul.allow_tf32 = False
     model.bert.to(dtypes[choose_precision(precision, device)])
     loss, probs = evaluate(model.to(device), dataset, nn.BCELoss(), "fp32")
     labels, names = dataset.labels, label_names(label2idx)

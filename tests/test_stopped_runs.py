@@ -130,7 +130,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(copies, encoder_
     child.send_signal(number)
     exit_code, out, err = finish(child)
     assert (exit_code, err) == (code, "")
-    assert "\nstopped  saved in ./model/training_state.pth; to go on: python train.py epoch=" in out
+    assert "\nstopped  saved in ./model/training_state.pth; to go on, run the same command again epoch=" in out
     saved = bert_multilabel_cls.load_tensors(STATE)
     assert 1 <= saved["epoch"] < 15 and not err
     run_to_end(whole, run)
@@ -204,13 +204,13 @@ def change_lr(project, monkeypatch):
     monkeypatch.setattr(train, "lr", 0.5)
 
 
-def change_device(project, monkeypatch):
+def change_precision(project, monkeypatch):
     monkeypatch.setattr(train, "precision", "bf16")
 
 
 @pytest.mark.parametrize("change, named", [
     (change_data, "./data/dev.json was a file with sha256 "), (change_labels, "./data/label2idx.json was a file"),
-    (change_lr, "lr was 0.001, is 0.5;"), (change_device, "precision was fp32, is bf16; precision in use was fp32")])
+    (change_lr, "lr was 0.001, is 0.5;"), (change_precision, "precision was fp32, is bf16; precision in use was fp32")])
 def test_a_run_whose_recipe_has_changed_does_not_go_on(project, monkeypatch, capsys, change, named):
     stop_after(monkeypatch, 1)
     change(project, monkeypatch)
@@ -232,7 +232,9 @@ def test_the_model_that_a_kill_kept_from_being_written_is_written_by_the_next_ru
     monkeypatch.undo()
     os.chdir(project)
     saved = bert_multilabel_cls.load_tensors(STATE)
-    run = type("Run", (), dict(rank=0, **{name: type("Part", (), dict(load_state_dict=lambda self, state: None))()
+    tokens = torch.zeros(1, dtype=torch.int32)
+    saved["tokens"] = train.zlib.crc32(tokens.numpy())
+    run = type("Run", (), dict(rank=0, train_set=type("Set", (), dict(ids=tokens)), plan=[""], **{name: type("Part", (), dict(load_state_dict=lambda self, state: None))()
                                           for name in train.saved_parts}, begun=0.0))()
     kept = []
     monkeypatch.setattr(train, "keep_best", kept.append)
@@ -290,6 +292,40 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(project
     assert not (project / "model").exists()
 
 
+def test_weights_that_are_no_numbers_after_the_last_step_are_not_saved(project, monkeypatch):
+    def spoil(run, real=train.step):
+        real(run)
+        if run.batch == 11:  # the last of the epoch: its own loss was fine
+            run.model.fc.weight.data.fill_(float("nan"))
+    monkeypatch.setattr(train, "step", spoil)
+    with pytest.raises(InputError, match="the network gives no numbers any more"):
+        train.train()
+    assert not (project / "model").exists()
+
+
+def test_an_encoder_that_is_another_one_now_is_refused(project, monkeypatch, encoder_folder):
+    stop_after(monkeypatch, 1)
+    shutil.copytree(encoder_folder, "other")
+    tokens = json.loads(Path("other/tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["中"], vocabulary["超"] = vocabulary["超"], vocabulary["中"]
+    Path("other/tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
+    saved = bert_multilabel_cls.load_tensors(STATE)
+    torch.save({**saved, "plan": ["other", *saved["plan"][1:]]}, STATE)
+    with pytest.raises(InputError, match="other: the encoder is not the one that the stopped run began with"):
+        train.train()
+
+
+def test_a_second_ctrl_c_is_obeyed():
+    noted = []
+    with pytest.raises(KeyboardInterrupt), data_preprocess.noted_signals(noted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGTERM, signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
 def test_out_of_gpu_memory_names_batch_length_and_constants(project, monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -314,6 +350,6 @@ def test_a_state_that_is_no_state_is_one_sentence(project):
     os.mkdir("model")
     for content in (b"", b"PK", b"\x80\x02."):
         Path(STATE).write_bytes(content)
-        with pytest.raises(InputError, match="training_state.pth: not "):
+        with pytest.raises(InputError, match="training_state.pth: not the state of a run; set resume = False"):
             train.train()
     assert os.listdir("model") == ["training_state.pth"]
