@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data_preprocess import (InputError, check_number, encoder_files, first_line, is_encoder, load_label2idx, load_object,
-                             reuse_memory, whole_file)
+from data_preprocess import (InputError, check_number, encoder_files, first_line, is_encoder, load_label2idx,
+                             load_object, reuse_memory, whole_file)
 
 shipped_model = "bert-base-chinese"  # leave as it is: without a network only this one is replaced, by a small BERT
 pretrained_model = shipped_model  # any BERT: a Hugging Face id, or a folder written by save_pretrained
@@ -71,7 +71,7 @@ def pooled_output(bert, input_ids, attention_mask, token_type_ids):
     costs little more than its keys and values. The names are those of the weights in a checkpoint.
     """
     hidden = bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-    if torch.is_autocast_enabled(hidden.device.type):  # else on a CPU float32 runs between the layers, which all convert it
+    if torch.is_autocast_enabled(hidden.device.type):  # else float32 runs between the layers on a CPU
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     seen = attention_mask[:, None, None].bool()  # (B, 1, 1, T): for every head and every token
     *layers, last = bert.encoder.layer
@@ -338,7 +338,7 @@ def load_state(model_path):
 
 
 def load_tensors(path):
-    """Return what torch.save wrote to `path`, on the CPU; runs no code from it. Raises InputError if it cannot be read."""
+    """Return what torch.save wrote to `path`, on the CPU; runs no code from it. Raises InputError if it can't."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one kind of error for a file that is cut short or hostile
@@ -373,12 +373,10 @@ def mixed(device, precision):
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
-def set_up(model, device, compiled, processes):
+def set_up(model, compiled, processes):
     """Return what runs forward and backward for `model`: itself, compiled, or joined to the other processes'."""
-    if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    else:
-        reuse_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    reuse_memory()
     runner = torch.compile(model) if compiled else model
     return DistributedDataParallel(runner, forward_sync_buffers=False) if processes > 1 else runner
 
@@ -390,8 +388,8 @@ def naming_memory(input_ids):
         yield
     except torch.OutOfMemoryError:
         texts, tokens = input_ids.shape
-        raise InputError(f"out of GPU memory with {texts} texts of {tokens} tokens; lower batch_size (in train.py halve "
-                         "it and double accumulation_steps) or max_len") from None
+        raise InputError(f"out of GPU memory with {texts} texts of {tokens} tokens; lower batch_size (in train.py "
+                         "halve it and double accumulation_steps) or max_len") from None
 
 
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
 from bert_multilabel_cls import save_pretrained_whole
-from data_preprocess import (InputError, check_number, chinese, chinese_pieces, count_processes, load_label2idx, most_common, read_examples,
-                             run_script)
+from data_preprocess import (InputError, check_number, chinese, chinese_pieces, count_processes, load_label2idx,
+                             most_common, read_examples, run_script)
 
 chunk_texts = 1000  # texts that are tokenized at a time
 looked_at = 1000  # characters of a text for each token that is kept: a text of 10 MB need not be tokenized whole
@@ -106,12 +106,13 @@ def tokenize(tokenizer, texts, max_len):
     check_number("max_len", max_len, 3, whole=True)
     check_number("chunk_texts", chunk_texts, 1, whole=True)
     ids, lengths, texts = array("i"), array("q"), iter(texts)
+    backend = tokenizer.backend_tokenizer  # without the lists that the tokenizer makes of all it returns
+    backend.enable_truncation(max_len)
+    backend.no_padding()
     while some := [text[:max_len * looked_at] for text in islice(texts, chunk_texts)]:
-        rows = tokenizer(some, truncation=True, max_length=max_len, return_attention_mask=False,
-                         return_token_type_ids=False)["input_ids"]
-        lengths.extend(map(len, rows))
-        for row in rows:
-            ids.extend(row)
+        for encoding in backend.encode_batch_fast(some):
+            ids.extend(encoding.ids)
+            lengths.append(len(encoding))
     return torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
 
 
@@ -183,8 +184,8 @@ def join_processes(device):
     if not dist.is_initialized():
         on_gpu, local_rank = torch.device(device).type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
         if on_gpu and (torch.device(device).index is not None or local_rank >= torch.cuda.device_count()):
-            raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", and there must be a GPU '
-                             f"for each; this machine has {torch.cuda.device_count()}")
+            raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", with a GPU for each; '
+                             f"this machine has {torch.cuda.device_count()}")
         if on_gpu:
             torch.cuda.set_device(local_rank)
         # An hour, because the others wait while the first one downloads an encoder.

@@ -26,7 +26,7 @@ train_data_path = "./data/train.json"
 label2idx_path = "./data/label2idx.json"
 max_len_ratio = 0.9  # the share of texts that the printed max_len covers, above 0 and at most 1
 rare_below = 5  # labels with fewer training examples than this are named: too few to learn from
-scratch_pieces = 4000  # a vocabulary from texts has at most so many pieces of 2 to 4 Chinese characters, and other words
+scratch_pieces = 4000  # a vocabulary from texts has at most so many pieces of 2 to 4 characters, and other words
 scratch_min_count = 4  # and each stands at least so often in them
 special_tokens = 2  # the tokenizer puts [CLS] before a text and [SEP] behind it
 chinese = "[\u3400-\u9fff]"  # a Chinese character, as a regular expression
@@ -190,7 +190,8 @@ def load_object(data_path):
 def check_number(name, value, least, most=None, whole=False):
     """Raise InputError unless the constant `name` is a number, or a whole number, from `least` to `most`."""
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= (value if most is None else most):
+    right_kind = isinstance(value, kinds) and not isinstance(value, bool)
+    if not right_kind or not least <= value <= (value if most is None else most):
         limit = f"at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} = {value!r}: must be a {'whole ' * whole}number, {limit}")
 

@@ -178,7 +178,7 @@ def keep_best(run):
 
 
 def check_losses(run):
-    """Return the last loss. Raises InputError with the step and the learning rate if one since the last call is no number."""
+    """Return the last loss. Raises InputError, with step and learning rate, if one since the last call is no number."""
     if run.losses:
         losses = torch.stack([loss for _, _, loss in run.losses]).tolist()
         for (batch, rate, _), loss in zip(run.losses, losses):
@@ -229,7 +229,7 @@ def prepare():
         go_on(run, saved)
     if compile_model:
         train_set.round_to = compiled_length
-    run.runner = set_up(model, device, compile_model, processes)
+    run.runner = set_up(model, compile_model, processes)
     return run
 
 
@@ -243,7 +243,8 @@ def constants():
 def identify(mode, processes):
     """Return what must not change while a run is stopped, by name: constants and the content of files, as strings."""
     fixed = {name: value for name, value in constants().items() if name not in ("resume", "save_minutes", "state_name")}
-    files = {path: f"a file with sha256 {file_hash(path)}" for path in (train_path, dev_path, test_path, label2idx_path)}
+    paths = train_path, dev_path, test_path, label2idx_path
+    files = {path: f"a file with sha256 {file_hash(path)}" for path in paths}
     more = {"precision in use": mode, "number of processes": processes}
     return {name: str(value) for name, value in {**fixed, **files, **more}.items()}
 
@@ -257,8 +258,8 @@ def read_state(identity, processes):
     seen = resume and os.path.exists(path)
     mark = torch.tensor(zlib.crc32(json.dumps([identity, seen]).encode()))
     if over_processes(mark.clone()) != mark * processes:
-        raise InputError(f"the data files, the constants or {path} are not the same for all processes; share one folder "
-                         "between the machines")
+        raise InputError(f"the data files, the constants or {path} are not the same for all processes; share one "
+                         "folder between the machines")
     if not seen:
         return None
     try:
@@ -280,20 +281,20 @@ def save_state(run):
     if not torch.stack([parameter.detach().sum() for parameter in run.model.parameters()]).isfinite().all():
         raise InputError(f"the weights are no numbers any more after epoch {run.epoch + 1}, batch {run.batch}, at a "
                          f"learning rate of {run.scheduler.get_last_lr()[0]:.2e}; lower lr and head_lr")
-    own = dict(generators=from_processes(random_state(device)), total_losses=from_processes(run.total_loss.cpu()))
+    more = dict(generators=from_processes(random_state(device)), total_losses=from_processes(run.total_loss.cpu()),
+                tokens=zlib.crc32(run.train_set.ids.numpy()), spent=time.perf_counter() - run.begun)
     if is_main():
         with whole_file(beside(save_model_path, state_name)) as temporary:
-            torch.save({**{name: getattr(run, name).state_dict() for name in saved_parts},
-                        **{name: getattr(run, name) for name in saved_values},
-                        **own, "tokens": zlib.crc32(run.train_set.ids.numpy()), "spent": time.perf_counter() - run.begun}, temporary)
+            parts = {name: getattr(run, name).state_dict() for name in saved_parts}
+            torch.save({**parts, **{name: getattr(run, name) for name in saved_values}, **more}, temporary)
     run.saved_at = time.monotonic()
 
 
 def go_on(run, saved):
     """Bring a new run to the state of a saved one."""
     if saved["tokens"] != zlib.crc32(run.train_set.ids.numpy()):
-        raise InputError(f"{run.plan[0]}: the encoder is not the one that the stopped run began with; set resume = False "
-                         "in train.py to start over")
+        raise InputError(f"{run.plan[0]}: the encoder is not the one that the stopped run began with; set resume = "
+                         "False in train.py to start over")
     for name in saved_parts:
         getattr(run, name).load_state_dict(saved[name])
     for name in saved_values:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import predict
 import train
-from conftest import TOKENS, root, write_jsonl
+from conftest import TOKENS, finish, root, script, start, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError, label_names, read_examples, run_script
 from test_stopped_runs import contents
@@ -201,3 +201,21 @@ def test_no_code_that_runs_code():
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"\b(pickle|eval\(|exec\(|os\.system|subprocess|trust_remote_code)", source.replace(".eval()", "")), path
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\(.*", source)), path
+
+
+def test_nothing_is_written_but_what_the_constants_name(project, encoder_folder):
+    """A run and its end, watched from inside: every file that is opened for writing, made, renamed or removed."""
+    watch = """import os, sys
+sys.dont_write_bytecode = True
+import predict, torch, train
+predict.save_model_path = train.save_model_path
+touched = set()
+def look(event, arguments):
+    writes = event == "open" and (set(str(arguments[1])) & set("wax+") or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+    if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate"):
+        touched.add(os.path.relpath(str(arguments[0])).split(os.sep)[0])
+sys.addaudithook(look)
+real, train.train = train.train, lambda: (real(), predict.main(), print("touched", sorted(touched)))
+"""
+    code, out, err = finish(start(watch + script(encoder_folder)))
+    assert code == 0 and out.splitlines()[-1] == "touched ['model']", (out, err)

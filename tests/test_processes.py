@@ -66,3 +66,10 @@ def test_a_fault_is_said_once(project, encoder_folder):
     code, out, err = finish(start(script(encoder_folder), 2))
     assert code == 1 and err.count("error: ./data/dev.json:1: the label") == 1
     assert not (project / "model").exists()
+
+
+def test_a_fault_of_the_main_process_alone_is_said_once_and_ends_the_others(project, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = finish(start(script("someone/none"), 2))
+    assert code == 1 and err.count("error: the encoder someone/none cannot be had") == 1
+    assert err.count("Traceback") == 1  # torchrun's own, that a process ended with 1
