@@ -65,10 +65,9 @@ class BertMultiLabelCls(nn.Module):
 
 
 def pooled_output(bert, input_ids, attention_mask, token_type_ids):
-    """Return what `bert(...)[1]` is, (B, H), at less work.
+    """Return what `bert(...)[1]` is, (B, H), at less work: the pooler looks at [CLS] alone, so the last layer does too.
 
-    The pooler looks at [CLS] alone, so the last layer computes nothing else: one layer out of L
-    costs little more than its keys and values. The names are those of the weights in a checkpoint.
+    The names are those of the weights in a checkpoint.
     """
     hidden = bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
     if torch.is_autocast_enabled(hidden.device.type):  # else float32 runs between the layers on a CPU
@@ -137,9 +136,9 @@ def start_at_prior(fc, labels):
 
 
 def parameter_groups(model, encoder_lr, top_lr, weight_decay):
-    """Return the optimizer's groups: the encoder's layers, then the top: the pooler and the last layer.
+    """Return the optimizer's groups: the encoder, and the top of pooler and last layer; each with and without decay.
 
-    Biases and LayerNorm, the parameters of one dimension, are groups of their own without weight decay.
+    Biases and LayerNorm, which have one dimension, do not decay.
     """
     top = [*model.bert.pooler.parameters(), *model.fc.parameters()]
     in_top = {id(p) for p in top}
@@ -151,10 +150,7 @@ def parameter_groups(model, encoder_lr, top_lr, weight_decay):
 
 @contextmanager
 def locally():
-    """Have transformers load and save files without asking the hub, and without progress bars for what takes no time.
-
-    Left to itself without a network, from_pretrained retries for minutes.
-    """
+    """Have transformers load and save without progress bars, and without the hub: it retries for minutes offline."""
     offline, bars = constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
     constants.HF_HUB_OFFLINE = True
     transformers_logging.disable_progress_bar()
@@ -196,12 +192,10 @@ def find_encoder(name):
     """
     if os.path.isdir(name):
         return name, ""
-    try:
+    with suppress(OSError, ValueError):  # not cached; ValueError: no possible id on the hub, such as ./model/none
         folder = snapshot_download(name, local_files_only=True)
         if is_encoder(os.listdir(folder)):
             return folder, ""
-    except (OSError, ValueError):  # not cached; ValueError: no possible id on the hub, such as ./model/none
-        pass
     try:
         names = files_on_hub(name)
     except Exception as error:  # whatever the network, a proxy or the hub may answer
@@ -256,9 +250,8 @@ def save_pretrained_whole(part, folder):
 def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
     """Write a trained model's folder: weights to `model_path`, configuration and tokenizer beside them.
 
-    thresholds: what was tuned on dev, kept in the configuration because it fits only these weights. It
-    also keeps those of the weights before them, if labels and sizes are the same: a kill between the two
-    files then leaves a model that loads.
+    thresholds: what was tuned on dev, kept in the configuration because it fits only these weights. Those of the
+    weights before stay, if labels and sizes are the same: a kill between the two files leaves a model that loads.
     """
     folder = os.path.dirname(model_path) or "."
     config = copy.deepcopy(model.bert.config)
@@ -269,8 +262,7 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
         before = load_object(os.path.join(folder, "config.json"))
     same = all(before.get(name) == getattr(config, name) for name in ("label2id", "hidden_size", "vocab_size"))
     known = {fingerprint(model.state_dict()): thresholds or {}}
-    for classifier_hash, tuned in before.get("classifiers", {}).items() if same else ():
-        known.setdefault(classifier_hash, tuned)
+    known = {**known, **(before.get("classifiers", {}) if same else {}), **known}  # the new ones first, and last word
     config.classifiers = dict(list(known.items())[:4])
     with whole_file(model_path) as temporary:
         torch.save(model.state_dict(), temporary)
@@ -291,8 +283,7 @@ def load_model(model_path, label2idx_path):
     sizes and tokenizer from `pretrained_model`. The model is on the CPU, in evaluation mode.
     Raises InputError if a file is missing, broken, or does not fit the others.
     """
-    folder = os.path.dirname(model_path) or "."
-    state = load_state(model_path)
+    folder, state = os.path.dirname(model_path) or ".", load_state(model_path)
     config_path = os.path.join(folder, "config.json")
     classifiers = load_object(config_path).get("classifiers") if os.path.exists(config_path) else None
     complete = classifiers is not None

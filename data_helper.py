@@ -41,7 +41,7 @@ class MultiClsDataSet(Dataset):
 
     Kept are the ids alone, end to end, four bytes each, and a byte for each label of a text; the four
     tensors are made anew whenever they are asked for. lengths: (N,) tokens.
-    tokenizer: without it, that of `pretrained_model`. label2idx: without it, what is in `label2idx_path`.
+    tokenizer: else that of `pretrained_model`. label2idx: else what is in `label2idx_path`.
     Raises InputError naming file and line for an example that is not valid.
     """
 
@@ -101,10 +101,9 @@ def tokenize(tokenizer, texts, max_len):
     """Return (ids, lengths) of texts: int32, the tokens of all texts end to end; (N,) int64, tokens of each.
 
     At most max_len tokens of a text are kept, [CLS] and [SEP] among them; longer texts lose their end.
-    Raises InputError if max_len leaves no room for text.
     """
-    check_number("max_len", max_len, 3, whole=True)
-    check_number("chunk_texts", chunk_texts, 1, whole=True)
+    for name, value, least in (("max_len", max_len, 3), ("chunk_texts", chunk_texts, 1)):
+        check_number(name, value, least, whole=True)
     ids, lengths, texts = array("i"), array("q"), iter(texts)
     backend = tokenizer.backend_tokenizer  # without the lists that the tokenizer makes of all it returns
     backend.enable_truncation(max_len)
@@ -117,7 +116,7 @@ def tokenize(tokenizer, texts, max_len):
 
 
 def starts_of(lengths):
-    """Return where each text begins among ids end to end, from the texts' lengths."""
+    """Return where each text begins among ids end to end."""
     return lengths.cumsum(0) - lengths
 
 
@@ -273,10 +272,7 @@ def summary(labels, probs, threshold=0.5):
 
 
 def all_scores(labels, probs, names, thresholds):
-    """Return {"at_0.5": scores, "at_single": scores, "at_by_label": scores, "by_label": {name: scores at 0.5}}.
-
-    `thresholds` is what tune_thresholds returned; without it only 0.5 is measured.
-    """
+    """Return {"at_0.5": scores, "by_label": {name: scores at 0.5}} and one more for each of the tuned `thresholds`."""
     columns = zip(*by_label(labels.numpy() > 0.5, (probs > 0.5).numpy()))
     table = {name: dict(precision=float(p), recall=float(r), f1=float(f), support=int(n))
              for name, (p, r, f, n) in zip(names, columns)}

@@ -347,7 +347,6 @@ def covering_max_len(lengths, ratio):
     """Return the smallest max_len, in tokens, that holds at least `ratio` of the texts uncut.
 
     `lengths` counts characters: a Chinese character is one token; other scripts mostly need fewer tokens.
-    Raises InputError unless 0 < ratio <= 1.
     """
     check_number("max_len_ratio", ratio, 1e-9, 1)
     covered = max(1, math.ceil(round(len(lengths) * ratio, 6)))  # rounded: 10 * 0.7 is 7.000000000000001

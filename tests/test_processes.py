@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from bert_multilabel_cls import load_model
-from conftest import EXAMPLES, finish, script, start, write_jsonl
+from conftest import EXAMPLES, finish, script, start, without_key_biases, write_jsonl
 from data_preprocess import load_json
 
 
@@ -19,11 +18,6 @@ def still_encoder(tmp_path, encoder_folder):
     config = BertConfig.from_pretrained(encoder_folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     BertModel.from_pretrained(encoder_folder, config=config).save_pretrained(folder)
     return str(folder)
-
-
-def without_key_biases(path):
-    """Softmax takes no notice of a key's bias: its gradient is rounding, which Adam scales up to whole steps."""
-    return {name: tensor for name, tensor in load_model(path, "")[0].state_dict().items() if "key.bias" not in name}
 
 
 def results(folder):

@@ -13,7 +13,7 @@ import bert_multilabel_cls
 import data_preprocess
 import train
 from bert_multilabel_cls import BertMultiLabelCls, load_model
-from conftest import root, write_jsonl
+from conftest import root, without_key_biases, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -184,11 +184,6 @@ def test_gradients_are_clipped(project, monkeypatch):
     assert norms and max(norms) <= 1.001e-3
 
 
-def without_key_biases(state):
-    """Softmax takes no notice of a key's bias: its gradient is rounding, which Adam scales up to whole steps."""
-    return {name: tensor for name, tensor in state.items() if "key.bias" not in name}
-
-
 def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypatch):
     """Also where the last batch is smaller: 48 texts in batches of 48, or of 9, 9, 9, 9, 9, 3. Without dropout."""
     states = []
@@ -198,7 +193,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(project, monkeypat
             monkeypatch.setattr(train, name, value)
         monkeypatch.setattr(BertMultiLabelCls, "train", lambda self, mode=True: nn.Module.train(self, False))
         train.train()
-        states.append(without_key_biases(load_model(train.save_model_path, "")[0].state_dict()))
+        states.append(without_key_biases(train.save_model_path))
     torch.testing.assert_close(*states, atol=1e-4, rtol=0)
 
 
