@@ -6,6 +6,7 @@ writes  ./model/                                  the model of the best epoch: a
         ./model/metrics.json                      how good it is on dev and test, and how it was made
         ./model/history.json                      a line an epoch
         ./model/errors.json                       the test texts that came out wrong, a line each
+        ./model/training_state.pth                while it runs: all that it needs to go on after a stop
 run     python train.py
         torchrun --nproc_per_node=4 train.py      on 4 GPUs; batch_size is that of each
 """
@@ -320,9 +321,8 @@ def save_if_due(run):
 
 def stop(run, number):
     """End the run, whose state is saved, after the signal `number`: exit code 128 + number, as a shell has it."""
-    again = "run the same command again" if resume else "set resume = True and run the same command again"
-    log("stopped", f"saved in {beside(save_model_path, state_name)}; to go on, {again}", epoch=run.epoch + 1,
-        batch=run.batch)
+    log("stopped", f"{'' if resume else 'set resume = True and '}run the same command again to go on;",
+        epoch=run.epoch + 1, batch=run.batch, saved=beside(save_model_path, state_name))
     leave_processes()
     sys.exit(128 + number)
 

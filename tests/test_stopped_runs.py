@@ -130,7 +130,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(copies, encoder_
     child.send_signal(number)
     exit_code, out, err = finish(child)
     assert (exit_code, err) == (code, "")
-    assert "\nstopped  saved in ./model/training_state.pth; to go on, run the same command again epoch=" in out
+    assert "\nstopped  run the same command again to go on; epoch=" in out
+    assert " saved=./model/training_state.pth\n" in out
     saved = bert_multilabel_cls.load_tensors(STATE)
     assert 1 <= saved["epoch"] < 15 and not err
     run_to_end(whole, run)
