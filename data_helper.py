@@ -31,6 +31,7 @@ scratch_characters = 512  # of each text
 scratch_window = 5  # tokens at most this far apart count as neighbours
 scratch_texts = 20_000  # vocabulary and neighbours are counted on about this many texts
 
+
 class MultiClsDataSet(Dataset):
     """The examples of one data file; N texts, T tokens of the longest text, C labels.
 
@@ -181,8 +182,8 @@ def join_processes(device):
     if count_processes() == 1:
         return 0, 1
     if not dist.is_initialized():
-        on_gpu, local_rank = torch.device(device).type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
-        if on_gpu and (torch.device(device).index is not None or local_rank >= torch.cuda.device_count()):
+        on_gpu, local_rank = str(device).startswith("cuda"), int(os.environ.get("LOCAL_RANK", 0))
+        if on_gpu and (str(device) != "cuda" or local_rank >= torch.cuda.device_count()):
             raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", with a GPU for each; '
                              f"this machine has {torch.cuda.device_count()}")
         if on_gpu:
