@@ -6,20 +6,23 @@ cache of the hub, the hub. A trained model is a folder that needs nothing else t
     model/multi_label_cls.pth     state dict, keys bert.* and fc.*
     model/config.json             the encoder's sizes, the labels, the tuned thresholds
     model/tokenizer*.json         the tokenizer
+    model/transformers/           the same once more, as other tools read it: a BertForSequenceClassification
 """
 import copy
 import hashlib
 import os
+import re
 import shutil
 import threading
 from contextlib import contextmanager, suppress
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import HfApi, constants, snapshot_download
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data_preprocess import (InputError, check_number, encoder_files, first_line, is_encoder, load_label2idx,
@@ -175,14 +178,28 @@ def load_pretrained(part, name):
     try:
         with locally():
             loaded = part.from_pretrained(folder or name)
+            if hasattr(loaded, "do_lower_case") and loaded.do_lower_case == is_cased(loaded):
+                loaded = part.from_pretrained(folder or name, do_lower_case=not loaded.do_lower_case)
     except Exception as error:  # each format of the weights has errors of its own
         raise InputError(tried or f"{name}: cannot be loaded ({first_line(error)}); is the download complete, and "
                          "are the weights more than a Git LFS pointer?") from None
     if isinstance(loaded, nn.Module):
-        return loaded.float()  # a checkpoint stored in float16 would be trained in float16
+        for parameter in loaded.parameters():  # float16 would be trained in float16, and Windows replaces no mapped file
+            parameter.data = parameter.data.float().clone()
+        return loaded
     if hasattr(loaded, "all_special_tokens") and len(loaded) <= len(loaded.all_special_tokens):
         raise InputError(tried or f"{name}: has no tokenizer files, or an empty vocabulary")
     return loaded
+
+
+def is_cased(tokenizer):
+    """Return whether the vocabulary has words with capitals: 1 % of it and more, or a few that were added.
+
+    It alone decides whether texts are put in lower case. transformers would do it to a cased vocabulary whose folder
+    lacks tokenizer_config.json, and not to that of bert-base-chinese, where HTTP then is [UNK], though http is known.
+    """
+    words = [token.removeprefix("##") for token in tokenizer.get_vocab()]
+    return sum(word.isalpha() and word != word.lower() for word in words) > len(words) / 100
 
 
 def find_encoder(name):
@@ -231,20 +248,44 @@ def files_on_hub(name):
     return answer[0]
 
 
-def save_pretrained_whole(part, folder):
-    """Write a model, tokenizer or configuration to `folder` as its save_pretrained does, each file whole."""
+def save_pretrained_whole(folder, *parts):
+    """Write a model, tokenizer or configuration to `folder` as its save_pretrained does, each file whole.
+
+    Where weights are among them, config.json is away while they change: a kill leaves no mixture that loads.
+    """
     unfinished = os.path.join(folder, "unfinished.tmp")  # of a fixed name, so that kills leave one at most
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         with locally():
-            part.save_pretrained(unfinished)
+            for part in parts:
+                part.save_pretrained(unfinished)
     except Exception as error:  # a full disk is an OSError, or one of safetensors' own
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
-    for name in os.listdir(unfinished):
+    names = sorted(os.listdir(unfinished), key="config.json".__eq__)  # which comes last
+    if any(name.endswith(".safetensors") for name in names):
+        with suppress(OSError):
+            os.remove(os.path.join(folder, "config.json"))
+    for name in names:
         with whole_file(os.path.join(folder, name)) as target:
             os.replace(os.path.join(unfinished, name), target)
     os.rmdir(unfinished)
+
+
+def labelled_config(model, label2idx):
+    """Return the encoder's configuration with the labels in it."""
+    config = copy.deepcopy(model.bert.config)
+    config.update(dict(id2label={column: label for label, column in label2idx.items()}, label2id=label2idx,
+                       problem_type="multi_label_classification", dtype="float32"))
+    return config
+
+
+def save_tensors(tensors, path):
+    """Write `tensors` to `path` with torch.save. Raises OSError if it cannot."""
+    try:
+        torch.save(tensors, path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(first_line(error)) from None
 
 
 def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
@@ -254,9 +295,7 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
     weights before stay, if labels and sizes are the same: a kill between the two files leaves a model that loads.
     """
     folder = os.path.dirname(model_path) or "."
-    config = copy.deepcopy(model.bert.config)
-    config.update(dict(id2label={column: label for label, column in label2idx.items()}, label2id=label2idx,
-                       problem_type="multi_label_classification", dtype="float32"))
+    config = labelled_config(model, label2idx)
     before = {}
     with suppress(InputError):  # there is none yet, or none that can be read
         before = load_object(os.path.join(folder, "config.json"))
@@ -264,10 +303,24 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
     known = {fingerprint(model.state_dict()): thresholds or {}}
     known = {**known, **(before.get("classifiers", {}) if same else {}), **known}  # the new ones first, and last word
     config.classifiers = dict(list(known.items())[:4])
+    vars(config).pop("thresholds", None)  # of a model that was loaded
     with whole_file(model_path) as temporary:
-        torch.save(model.state_dict(), temporary)
-        save_pretrained_whole(config, folder)
-        save_pretrained_whole(tokenizer, folder)
+        save_tensors(model.state_dict(), temporary)
+        save_pretrained_whole(folder, config, tokenizer)
+
+
+def export_model(model, tokenizer, label2idx, folder, max_len):
+    """Write a model to `folder` as transformers' BertForSequenceClassification: for all that reads that format.
+
+    Its tokenizer cuts, if asked for truncation, at max_len. The tuned thresholds are carried along in config.json.
+    """
+    config = labelled_config(model, label2idx)
+    config.classifier_dropout = model.drop.p
+    with torch.device("meta"):  # spends no time on random weights
+        exported = BertForSequenceClassification(config)
+    exported.bert, exported.classifier = model.bert, model.fc
+    tokenizer.model_max_length = max_len
+    save_pretrained_whole(folder, exported, tokenizer)
 
 
 def fingerprint(state):
@@ -276,24 +329,30 @@ def fingerprint(state):
     return hashlib.sha256(weight + bias).hexdigest()
 
 
-def load_model(model_path, label2idx_path):
-    """Return (model, tokenizer, label2idx) of a trained model's folder; needs no network.
+def load_model(model_path, label2idx_path="./data/label2idx.json"):
+    """Return (model, tokenizer, label2idx) of a trained model; needs no network.
 
-    Where only a .pth from the article's code lies there, the labels come from `label2idx_path`,
-    sizes and tokenizer from `pretrained_model`. The model is on the CPU, in evaluation mode.
+    model_path: a .pth with config.json and tokenizer beside it; a lone .pth from the article's code, for which the
+    labels come from `label2idx_path`, sizes and tokenizer from `pretrained_model`; or the folder of a
+    BertForSequenceClassification, as export_model writes it. The model is on the CPU, in evaluation mode.
     Raises InputError if a file is missing, broken, or does not fit the others.
     """
-    folder, state = os.path.dirname(model_path) or ".", load_state(model_path)
+    exported, state = os.path.isdir(model_path), load_state(model_path)
+    folder = model_path if exported else os.path.dirname(model_path) or "."
     config_path = os.path.join(folder, "config.json")
-    classifiers = load_object(config_path).get("classifiers") if os.path.exists(config_path) else None
-    complete = classifiers is not None
-    if complete and fingerprint(state) not in classifiers:
+    written = load_object(config_path) if exported or os.path.exists(config_path) else {}
+    if exported and written.get("problem_type") not in (None, "multi_label_classification"):
+        raise InputError(f"{config_path}: its problem_type is {written['problem_type']!r}; only a model that was trained "
+                         "with a sigmoid for each label fits here: multi_label_classification")
+    complete = exported or "classifiers" in written
+    if complete and not exported and fingerprint(state) not in written["classifiers"]:
         raise InputError(f"{model_path}: is not the model that {config_path} was written for, so its labels are "
                          "unknown; train again, or move config.json away to use "
                          f"{label2idx_path} and the encoder {pretrained_model}")
     encoder = folder if complete else pretrained_model
     config = load_pretrained(BertConfig, encoder)
-    config.thresholds = classifiers[fingerprint(state)] if complete else {}
+    tuned = written.get("thresholds") if exported else written.get("classifiers", {}).get(fingerprint(state))
+    config.thresholds = tuned or {}
     tokenizer = load_pretrained(BertTokenizer, encoder)
     label2idx = config.label2id if complete else load_label2idx(label2idx_path)
     if state["fc.bias"].numel() != len(label2idx):
@@ -318,10 +377,15 @@ def check_max_len(max_len, config):
 
 
 def load_state(model_path):
-    """Return the state dict at `model_path`, on the CPU. Raises InputError if it is none."""
-    if not os.path.exists(model_path):
-        raise InputError(f"{model_path}: there is no trained model yet; run: python train.py")
-    state = load_tensors(model_path)
+    """Return the state dict at `model_path`, a .pth or a folder, on the CPU. Raises InputError if it is none."""
+    path = model_path
+    if os.path.isdir(model_path):
+        path = os.path.join(model_path, "model.safetensors")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: there is no trained model yet; run: python train.py")
+    state = load_tensors(path)
+    if os.path.isdir(model_path):
+        state = {re.sub(r"^classifier\.", "fc.", name): tensor for name, tensor in state.items()}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), torch.Tensor) for name in classifier):
         raise InputError(f"{model_path}: not a checkpoint of this project (it has no {' and '.join(classifier)})")
     state.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
@@ -329,8 +393,14 @@ def load_state(model_path):
 
 
 def load_tensors(path):
-    """Return what torch.save wrote to `path`, on the CPU; runs no code from it. Raises InputError if it can't."""
+    """Return what torch.save wrote to `path`, on the CPU; runs no code from it. Raises InputError if it can't.
+
+    A file of safetensors will do as well.
+    """
     try:
+        if path.endswith(".safetensors"):
+            with open(path, "rb") as file:  # read, not mapped: Windows replaces no mapped file
+                return safetensors.torch.load(file.read())
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one kind of error for a file that is cut short or hostile
         raise InputError(f"{path}: not a checkpoint of this project ({first_line(error)})") from None

@@ -3,6 +3,7 @@
 reads   a data file, one object a line: {"text": "...", "label": ["...", ...]}
 run     python data_helper.py    prints the tensors of ./data/train.json
 """
+import gc
 import os
 import re
 from array import array
@@ -41,20 +42,22 @@ class MultiClsDataSet(Dataset):
     An index may also be a list: then an item is a whole batch, cut to its own longest text.
 
     Kept are the ids alone, end to end, four bytes each, and a byte for each label of a text; the four
-    tensors are made anew whenever they are asked for. lengths: (N,) tokens.
+    tensors are made anew whenever they are asked for. lengths: (N,) tokens. cut: how many texts were longer.
     tokenizer: else that of `pretrained_model`. label2idx: else what is in `label2idx_path`.
+    keep_tail: of a longer text, so many tokens are from its end.
     Raises InputError naming file and line for an example that is not valid.
     """
 
-    def __init__(self, data_path, max_len=128, label2idx_path="./data/label2idx.json", tokenizer=None, label2idx=None):
+    def __init__(self, data_path, max_len=128, label2idx_path="./data/label2idx.json", tokenizer=None, label2idx=None,
+                 keep_tail=0):
         self.label2idx = load_label2idx(label2idx_path) if label2idx is None else label2idx
         self.class_num = len(self.label2idx)
         if tokenizer is None:
             tokenizer = bert_multilabel_cls.load_pretrained(BertTokenizer, bert_multilabel_cls.pretrained_model)
         self.tokenizer = tokenizer
-        self.max_len = max_len
+        self.max_len, self.keep_tail = max_len, keep_tail
         self.round_to = 1  # batches are cut to a multiple of so many tokens, for fewer different lengths
-        self.ids, self.lengths, self.targets = self.read(data_path)
+        self.ids, self.lengths, self.cut, self.targets = self.read(data_path)
         self.starts, self.longest = starts_of(self.lengths), int(self.lengths.max())
 
     input_ids = property(lambda self: self[:][0])
@@ -63,7 +66,7 @@ class MultiClsDataSet(Dataset):
     labels = property(lambda self: self.targets.float())
 
     def read(self, data_path):
-        """Return (ids, lengths, targets) of a data file: int32, all texts end to end; (N,) int64; (N, C) uint8.
+        """Return (ids, lengths, cut, targets) of a data file: the first three as `tokenize` does; (N, C) uint8.
 
         The file is never held as text: the arrays grow in place, a chunk of texts at a time.
         """
@@ -77,12 +80,12 @@ class MultiClsDataSet(Dataset):
                     row[self.label2idx[name]] = 1
                 targets.extend(row)
                 yield text
-        ids, lengths = tokenize(self.tokenizer, texts(), self.max_len)
-        return ids, lengths, torch.frombuffer(targets, dtype=torch.uint8).view(-1, self.class_num)
+        ids, lengths, cut = tokenize(self.tokenizer, texts(), self.max_len, self.keep_tail)
+        return ids, lengths, cut, torch.frombuffer(targets, dtype=torch.uint8).view(-1, self.class_num)
 
     def encoder(self, data_path):
         """Return (input_ids, token_type_ids, attention_mask, labels) of a data file."""
-        ids, lengths, targets = self.read(data_path)
+        ids, lengths, _, targets = self.read(data_path)
         pad_id = self.tokenizer.pad_token_id
         input_ids, attention_mask, token_type_ids = pad(ids, starts_of(lengths), lengths, pad_id)
         return input_ids, token_type_ids, attention_mask, targets.float()
@@ -98,22 +101,33 @@ class MultiClsDataSet(Dataset):
         return *tensors, self.targets[item].float()
 
 
-def tokenize(tokenizer, texts, max_len):
-    """Return (ids, lengths) of texts: int32, the tokens of all texts end to end; (N,) int64, tokens of each.
+def tokenize(tokenizer, texts, max_len, keep_tail=0):
+    """Return (ids, lengths, cut) of texts: int32, the tokens of all end to end; (N,) int64; how many texts were cut.
 
-    At most max_len tokens of a text are kept, [CLS] and [SEP] among them; longer texts lose their end.
+    At most max_len tokens of a text are kept, [CLS] and [SEP] among them. Of a longer one it is the start; with
+    keep_tail start and end, which Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?" (arXiv
+    1905.05583, section 5.3.1) found best:
+
+        [CLS] start … start end … end [SEP]     so many tokens of the end, the rest of the start
     """
-    for name, value, least in (("max_len", max_len, 3), ("chunk_texts", chunk_texts, 1)):
-        check_number(name, value, least, whole=True)
-    ids, lengths, texts = array("i"), array("q"), iter(texts)
+    for name, value, least, most in (("max_len", max_len, 3, None), ("chunk_texts", chunk_texts, 1, None),
+                                     ("keep_tail", keep_tail, 0, max_len - 2)):
+        check_number(name, value, least, most, whole=True)
+    ids, lengths, texts, cut = array("i"), array("q"), iter(texts), 0
     backend = tokenizer.backend_tokenizer  # without the lists that the tokenizer makes of all it returns
-    backend.enable_truncation(max_len)
+    backend.no_truncation()
     backend.no_padding()
-    while some := [text[:max_len * looked_at] for text in islice(texts, chunk_texts)]:
+    head, tail = max_len * looked_at, keep_tail * looked_at  # characters
+    while some := [text if len(text) <= head + tail else text[:head] + text[len(text) - tail:]
+                   for text in islice(texts, chunk_texts)]:
         for encoding in backend.encode_batch_fast(some):
-            ids.extend(encoding.ids)
-            lengths.append(len(encoding))
-    return torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
+            kept = encoding.ids
+            if len(kept) > max_len:
+                kept = kept[:max_len - keep_tail - 1] + kept[-keep_tail - 1:]
+                cut += 1
+            ids.extend(kept)
+            lengths.append(len(kept))
+    return torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64), cut
 
 
 def starts_of(lengths):
@@ -194,8 +208,13 @@ def join_processes(device):
 
 
 def leave_processes():
-    """End what join_processes began."""
+    """End what join_processes began. What DistributedDataParallel made must not be in use any more.
+
+    If its reducer went after the group, it would wait for gloo's thread with Python's lock in hand, and the thread
+    for the lock: torch 2.13 then hangs at the end of a run, now and then.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -249,36 +268,58 @@ def from_main(value):
     return box[0]
 
 
-def by_label(truth, predicted):
-    """Return (precision, recall, F1, support), each (C,), of two bool matrices (N, C); 0 where undefined."""
-    from sklearn.metrics import precision_recall_fscore_support  # here: predict.py has no use for it
-    if truth.shape[1] == 1:  # which scikit-learn would take for two classes
-        return precision_recall_fscore_support(truth[:, 0], predicted[:, 0], labels=[True], zero_division=0)
-    return precision_recall_fscore_support(truth, predicted, zero_division=0)
+def gather_bytes(block):
+    """Return a list of the bytes that each process gives, in the main process; elsewhere an empty one."""
+    if not dist.is_initialized():
+        return [block]
+    blocks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(block, blocks)
+    return blocks or []
 
 
-def summary(labels, probs, threshold=0.5):
-    """Return {score: value} of probabilities (N, C) above one threshold, or above one for each label (C,).
+def count(truth, predicted):
+    """Return int64 (5, C) of two bool matrices (N, C): for each label the texts that have it, that get it, and both;
+    then, alike for all labels, N and the texts that are all right. The counts of two files add up to those of both.
+    """
+    right = (truth == predicted).all(1).sum()
+    rows = [truth.sum(0), predicted.sum(0), (truth & predicted).sum(0)]
+    return torch.stack([*rows, *(torch.full_like(rows[0], number) for number in (len(truth), right))])
+
+
+def rates(have, get, both):
+    """Return (precision, recall, F1) of counts; 0 where undefined."""
+    return both / get.clamp(min=1), both / have.clamp(min=1), 2 * both / (have + get).clamp(min=1)
+
+
+def scores_from(counts):
+    """Return {score: value} of what `count` returned.
 
     In the macro scores a label without examples counts 0, as one that is never found.
     """
-    from sklearn.metrics import accuracy_score, hamming_loss, precision_recall_fscore_support
-    truth, predicted = labels.numpy() > 0.5, (probs > threshold).numpy()
-    micro = precision_recall_fscore_support(truth.ravel(), predicted.ravel(), average="binary", zero_division=0)
-    macro = [values.mean() for values in by_label(truth, predicted)]
-    scores = {"accuracy": accuracy_score(truth, predicted), "hamming_loss": hamming_loss(truth, predicted)}
-    for average, values in (("micro", micro), ("macro", macro)):
-        scores.update({f"{average}_{name}": float(v) for name, v in zip(("precision", "recall", "f1"), values)})
-    return scores
+    have, get, both, texts, right = counts.double()
+    averages = {"micro": rates(have.sum(), get.sum(), both.sum()), "macro": [v.mean() for v in rates(have, get, both)]}
+    scores = {"accuracy": right[0] / texts[0], "hamming_loss": (have + get - 2 * both).sum() / texts.sum()}
+    for average, values in averages.items():
+        scores.update({f"{average}_{name}": value for name, value in zip(("precision", "recall", "f1"), values)})
+    return {name: value.item() for name, value in scores.items()}
+
+
+def label_scores(counts, names):
+    """Return {label: {precision, recall, f1, support}} of what `count` returned."""
+    columns = zip(*(values.tolist() for values in rates(*counts[:3].double())), counts[0].tolist())
+    return {name: dict(zip(("precision", "recall", "f1", "support"), column)) for name, column in zip(names, columns)}
+
+
+def summary(labels, probs, threshold=0.5):
+    """Return {score: value} of probabilities (N, C) above one threshold, or above one for each label (C,)."""
+    return scores_from(count(labels > 0.5, probs > threshold))
 
 
 def all_scores(labels, probs, names, thresholds):
     """Return {"at_0.5": scores, "by_label": {name: scores at 0.5}} and one more for each of the tuned `thresholds`."""
-    columns = zip(*by_label(labels.numpy() > 0.5, (probs > 0.5).numpy()))
-    table = {name: dict(precision=float(p), recall=float(r), f1=float(f), support=int(n))
-             for name, (p, r, f, n) in zip(names, columns)}
     tuned = {f"at_{kind}": summary(labels, probs, torch.tensor(value)) for kind, value in thresholds.items()}
-    return {"at_0.5": summary(labels, probs), **tuned, "by_label": table}
+    return {"at_0.5": summary(labels, probs), **tuned,
+            "by_label": label_scores(count(labels > 0.5, probs > 0.5), names)}
 
 
 def tune_thresholds(labels, probs, tune_from):
@@ -332,8 +373,7 @@ def build_scratch_encoder(texts, folder, seed=0):
         bert = BertModel(BertConfig(vocab_size=len(tokenizer), **scratch_config))
         sequences = tokenizer(texts, add_special_tokens=False).input_ids
         start_from_neighbours(bert.embeddings.word_embeddings.weight, sequences)
-    save_pretrained_whole(bert, folder)
-    save_pretrained_whole(tokenizer, folder)
+    save_pretrained_whole(folder, bert, tokenizer)
 
 
 def scratch_tokenizer(texts):

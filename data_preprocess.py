@@ -2,7 +2,7 @@
 
 reads   ./data/train.json       one object a line: {"text": "...", "label": ["...", ...]}
 writes  ./data/label2idx.json   {"label": column, ...}, labels sorted
-prints  how many texts and labels there are, which labels are rare, and which max_len to choose
+prints  how many texts and labels there are, which max_len to choose and how many texts it cuts, which labels are rare
 run     python data_preprocess.py
 
 Everything here is standard library, and what the other scripts share: the one reader of JSONL, the one
@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 train_data_path = "./data/train.json"
 label2idx_path = "./data/label2idx.json"
 max_len_ratio = 0.9  # the share of texts that the printed max_len covers, above 0 and at most 1
+usual_max_lens = (128, 512)  # tokens: train.py's max_len, and the most that BERT takes; how many texts they cut is said
 rare_below = 5  # labels with fewer training examples than this are named: too few to learn from
 scratch_pieces = 4000  # a vocabulary from texts has at most so many pieces of 2 to 4 characters, and other words
 scratch_min_count = 4  # and each stands at least so often in them
@@ -43,7 +44,8 @@ def run_script(main):
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a console or pipe cannot show Chinese
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in stop_signals():
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except Exception as error:
@@ -56,6 +58,11 @@ def run_script(main):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def stop_signals():
+    """Return the signals, besides Ctrl-C, that ask a program to end: none where the system has none."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
 @contextmanager
@@ -73,7 +80,7 @@ def noted_signals(noted):
         if number == signal.SIGINT and number in noted and count_processes() == 1:
             raise KeyboardInterrupt
         noted.append(number)
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, note) for number in (*stop_signals(), signal.SIGINT)}
     try:
         yield
     finally:
@@ -144,8 +151,8 @@ def whole_file(out_path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, out_path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-        why = getattr(error, "strerror", None) or first_line(error)
+    except OSError as error:
+        why = error.strerror or first_line(error)
         free = f"; {shutil.disk_usage(folder).free / 2 ** 20:.0f} MiB are free there" if os.path.isdir(folder) else ""
         raise InputError(f"{out_path}: cannot be written ({why}){free}") from None
     finally:
@@ -241,6 +248,19 @@ def label_names(label2idx):
     return sorted(label2idx, key=label2idx.get)
 
 
+def read_lines(data_path, blank=False):
+    """Yield (place, line) for each line of a file: "file:line" for messages, and bytes without a byte order mark.
+
+    Blank lines are left out, unless `blank`.
+    """
+    with open_input(data_path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if blank or line.strip():
+                yield f"{data_path}:{number}", line
+
+
 def read_jsonl(data_path):
     """Yield (place, object) for each line of a JSONL file; place is "file:line" for messages.
 
@@ -248,23 +268,25 @@ def read_jsonl(data_path):
     Raises InputError at the first line that is not a JSON object in UTF-8, or if no line holds one.
     """
     place = None
-    with open_input(data_path) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                place = f"{data_path}:{number}"
-                yield place, parse_line(place, line)
+    for place, line in read_lines(data_path):
+        yield place, parse_line(place, line)
     if place is None:
         raise InputError(f'{data_path}: no examples; each line holds one: {{"text": "...", "label": ["..."]}}')
 
 
-def parse_line(place, line):
-    """Return the object that the bytes of one line hold. Raises InputError naming `place`."""
+def decode(place, line):
+    """Return the bytes of a line as a string. Raises InputError, naming `place`, if they are not UTF-8."""
     try:
-        item = json.loads(line.decode("utf-8"))
+        return line.decode("utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{place}: not UTF-8, probably GBK; to convert: iconv -f GBK -t UTF-8 OLD > NEW") from None
+
+
+def parse_line(place, line):
+    """Return the object that the bytes of one line hold. Raises InputError naming `place`."""
+    text = decode(place, line)
+    try:
+        item = json.loads(text)
     except (ValueError, RecursionError) as error:
         item = error
     if line.lstrip().startswith(b"["):
@@ -385,7 +407,9 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9):
     dump_json({label: column for column, label in enumerate(sorted(counts))}, label2idx_path)
     log("texts", count=len(lengths), labels=len(counts), labels_per_text=f"{sum(sizes) / len(sizes):.2f}",
         fewest=min(sizes), most=max(sizes), without_label=sizes.count(0))
-    log("length", max_len=max_len, covers=f"{100 * max_len_ratio:g}%", longest=max(lengths) + special_tokens)
+    cut = {f"cut_at_{most}": sum(length + special_tokens > most for length in lengths)
+           for most in (max_len, *usual_max_lens)}
+    log("length", max_len=max_len, covers=f"{100 * max_len_ratio:g}%", longest=max(lengths) + special_tokens, **cut)
     rare = {label: count for label, count in sorted(counts.items()) if count < rare_below}
     log("rare", labels=len(rare), fewer_than=f"{rare_below}_examples", names=json.dumps(rare, ensure_ascii=False))
     log("wrote", path=label2idx_path)

@@ -1,23 +1,37 @@
 """Give texts their labels with the model that train.py saved; needs no network.
 
-reads   ./model/    what `python train.py` wrote
+reads   ./model/       what `python train.py` wrote
+        input_path     if it is set: a file of texts, of any size
+writes  output_path    a line for each of its texts: {"text": "...", "label": ["..."], "probability": {"...": 0.9876}}
 run     python predict.py    or, from Python:  from predict import predict;  predict(["...", "..."])
+        torchrun --nproc_per_node=4 predict.py      a file on 4 GPUs: the same output
 """
 import functools
+import io
+import json
 import os
+import time
 from collections.abc import Iterable
+from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
+from transformers.utils.logging import tqdm
 
 from bert_multilabel_cls import check_max_len, choose_precision, dtypes, gather_probs, load_model
-from data_helper import by_length, pad, starts_of, tokenize
-from data_preprocess import InputError, check_number, check_whole, label_names, run_script
+from data_helper import (by_length, count, gather_bytes, join_processes, label_scores, leave_processes, over_processes,
+                         pad, scores_from, starts_of, tokenize)
+from data_preprocess import (InputError, check_labels, check_number, check_text, check_whole, decode, is_main,
+                             label_names, log, log_labels, parse_line, read_lines, run_script, whole_file)
 
-save_model_path = "./model/multi_label_cls.pth"
+input_path = ""  # JSONL with a "text" in each line, or plain text, one a line; "" labels the texts below
+output_path = ""  # JSONL, a line for each line of the input, what else stood in it carried over
+save_model_path = "./model/multi_label_cls.pth"  # or a folder such as ./model/transformers
 label2idx_path = "./data/label2idx.json"  # read only where no config.json lies beside the model
 device = "cuda" if torch.cuda.is_available() else "cpu"
-max_len = 128  # tokens; longer texts lose their end. As in training
+max_len = 128  # tokens; longer texts lose their end, or their middle. As in training
+keep_tail = 0  # of a text longer than max_len, so many tokens are taken from its end. As in training
 batch_size = 32  # texts at a time; more needs more memory
 sorted_together = 4096  # texts that are tokenized, and sorted by length, at a time
 precision = "auto"  # of the weights: the fastest that the hardware has natively; "fp32" for exact probabilities
@@ -43,30 +57,151 @@ def predict_pairs(texts):
     texts = check_texts(texts)
     if not texts:
         return []
-    model, _, label2idx = trained_model()
-    limits = thresholds(model.bert.config)
-    labels = label_names(label2idx)
-    return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)]
-            for probs in probs_of(texts) for row, kept in zip(probs, choose_labels(probs, limits))]
+    model, tokenizer, label2idx = trained_model()
+    limits, labels = thresholds(model.bert.config), label_names(label2idx)
+    return [pairs for probs in probs_of(texts, model, tokenizer)
+            for pairs in pairs_of(probs, choose_labels(probs, limits), labels)]
 
 
 def predict_proba(texts):
     """Return the probabilities of all labels, (N, C) float32, columns in label order. Raises as `predict` does."""
     texts = check_texts(texts)
-    return np.concatenate([np.empty((0, len(trained_model()[2])), dtype=np.float32), *probs_of(texts)])
+    model, tokenizer, label2idx = trained_model()
+    return np.concatenate([np.empty((0, len(label2idx)), dtype=np.float32), *probs_of(texts, model, tokenizer)])
 
 
-def probs_of(texts):
-    """Yield the probabilities of a list of texts, (up to sorted_together, C) at a time, in the order of the texts."""
+def probs_of(texts, model, tokenizer, done=lambda number: None):
+    """Yield the probabilities of a list of texts, (up to sorted_together, C) at a time, in the order of the texts.
+
+    done: is called with the number of texts in each batch.
+    """
     check_numbers()
-    model, tokenizer, _ = trained_model()
     check_max_len(max_len, model.bert.config)
     for start in range(0, len(texts), sorted_together):
-        ids, lengths = tokenize(tokenizer, texts[start:start + sorted_together], max_len)
-        starts, batches = starts_of(lengths), by_length(lengths, batch_size)
-        padded = (pad(ids, starts[batch], lengths[batch], tokenizer.pad_token_id) for batch in batches)
+        ids, lengths, _ = tokenize(tokenizer, texts[start:start + sorted_together], max_len, keep_tail)
+        batches, starts = by_length(lengths, batch_size), starts_of(lengths)
+
+        def padded():
+            """Yield each batch as tensors."""
+            for batch in batches:
+                yield pad(ids, starts[batch], lengths[batch], tokenizer.pad_token_id)
+                done(len(batch))
         order = [index for batch in batches for index in batch]
-        yield gather_probs(model, padded)[0].numpy()[np.argsort(order)]
+        yield gather_probs(model, padded())[0].numpy()[np.argsort(order)]
+
+
+def pairs_of(probs, chosen, labels):
+    """Return for each row of probs (N, C) a list of (label, probability): those that are chosen, (N, C) bool."""
+    return [[(labels[c], float(row[c])) for c in np.flatnonzero(kept)] for row, kept in zip(probs, chosen)]
+
+
+def predict_file():
+    """Label the texts of `input_path` in `output_path`, and print the metrics where the input has labels too.
+
+    Memory holds one portion of `sorted_together` texts, however large the file is. Under torchrun the processes take
+    the portions in turn: batches, and so the output, are the same for any number of processes.
+    Raises InputError, before anything is computed, naming file and line, for what is wrong in the input.
+    """
+    rank, processes = join_processes(device)
+    check_paths()
+    model, tokenizer, label2idx = trained_model()
+    limits, labels, begun = thresholds(model.bert.config), label_names(label2idx), time.perf_counter()
+    parse = parse_line if is_jsonl() else parse_plain
+    total = check_input(parse, label2idx)
+    log("input", path=input_path, texts=total, device=device, precision=choose_precision(precision, device),
+        processes=processes)
+    counts = torch.zeros(5, len(labels), dtype=torch.int64)
+    bar = tqdm(total=total, unit="text", leave=False, disable=None if is_main() else True)
+    with bar, whole_output() as file:
+        for lines in portions(parse, rank, processes):
+            items, rows = [parse(place, line) for place, line in lines], b""
+            for probs in probs_of([item["text"] for item in items], model, tokenizer,  # once; with no items never
+                                  lambda number: bar.update(min(number * processes, total - bar.n))):
+                chosen = choose_labels(probs, limits)
+                rows = b"".join(map(row_of, items, pairs_of(probs, chosen, labels)))
+                counts += count_labelled(items, chosen, label2idx)
+            file.writelines(gather_bytes(rows))
+    report(over_processes(counts), labels)
+    seconds = time.perf_counter() - begun
+    log("wrote", path=output_path, texts=total, time=f"{seconds:.1f}s", speed=f"{total / seconds:.1f}texts/s")
+    leave_processes()
+
+
+def check_paths():
+    """Raise InputError unless input_path and output_path are set, to two files."""
+    if not input_path or not output_path:
+        raise InputError(f"input_path = {input_path!r}, output_path = {output_path!r}: set both, or neither")
+    if os.path.realpath(input_path) == os.path.realpath(output_path):
+        raise InputError(f"output_path = {output_path!r}: is the input; it would be replaced")
+
+
+def is_jsonl():
+    """Return whether `input_path` is JSONL: by its name, or because its first line starts as an object does."""
+    return input_path.endswith((".json", ".jsonl")) or any(
+        line.lstrip().startswith(b"{") for _, line in islice(read_lines(input_path), 1))
+
+
+def parse_plain(place, line):
+    """Return the object that a line of plain text stands for; an empty line is an empty text."""
+    return {"text": decode(place, line).rstrip("\r\n")}
+
+
+def check_input(parse, label2idx):
+    """Return how many texts the input has. Raises InputError at the first line that is not as it should be."""
+    total = 0
+    for total, (place, line) in enumerate(read_lines(input_path, parse is parse_plain), 1):
+        item = parse(place, line)
+        check_text(place, item)
+        unknown = set(check_labels(place, item)) - set(label2idx) if "label" in item else ()
+        if unknown:
+            raise InputError(f"{place}: the model does not know the label {min(unknown)!r}; take it out of this line, "
+                             'or "label" out of the file: then nothing is measured')
+    if not total:
+        raise InputError(f"{input_path}: no texts")
+    return total
+
+
+def portions(parse, rank, processes):
+    """Yield lists of up to sorted_together (place, line) of the input: this process's turns, perhaps empty at last."""
+    lines = read_lines(input_path, parse is parse_plain)
+    while turns := list(islice(lines, sorted_together * processes)):
+        yield turns[rank * sorted_together:][:sorted_together]
+
+
+@contextmanager
+def whole_output():
+    """Give the file to write, which becomes `output_path` when all is written; nothing, in all but the main process."""
+    if not is_main():
+        yield io.BytesIO()
+        return
+    with whole_file(output_path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def row_of(item, pairs):
+    """Return the output's line for an object of the input with the labels that it gets; its own become "true"."""
+    true = {"true": item["label"]} if "label" in item else {}
+    row = {**item, **true, "label": [label for label, _ in pairs],
+           "probability": {label: round(prob, 4) for label, prob in pairs}}
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"  # as \ud800 is
+
+
+def count_labelled(items, chosen, label2idx):
+    """Return what data_helper.count does, for those of the input's objects that have labels of their own."""
+    labelled = ["label" in item for item in items]
+    truth = np.zeros_like(chosen)
+    for row, item in zip(truth, items):
+        row[[label2idx[label] for label in item.get("label", ())]] = True
+    return count(torch.from_numpy(truth[labelled]), torch.from_numpy(chosen[labelled]))
+
+
+def report(counts, labels):
+    """Print the metrics of the labels that the texts got, if any text of the input had its own."""
+    texts = int(counts[3, 0])
+    if texts:
+        log_labels(label_scores(counts, labels))
+        log("scores", threshold=threshold, texts=texts,
+            **{name: f"{value:.4f}" for name, value in scores_from(counts).items()})
 
 
 def check_texts(texts):
@@ -125,7 +260,9 @@ def load_once(save_model_path, label2idx_path, device, mode, written):
 
 
 def main():
-    """Print each of `texts` with its labels and their probabilities."""
+    """Label the file `input_path`; without one, print each of `texts` with its labels and their probabilities."""
+    if input_path or output_path:
+        return predict_file()
     for text, pairs in zip(texts, predict_pairs(texts)):
         print(text, " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label", sep="\t")
 

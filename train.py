@@ -7,6 +7,8 @@ writes  ./model/                                  the model of the best epoch: a
         ./model/history.json                      a line an epoch
         ./model/errors.json                       the test texts that came out wrong, a line each
         ./model/training_state.pth                while it runs: all that it needs to go on after a stop
+        ./model/transformers/                     the best model once more, for pipeline("text-classification") and others
+        ./model/runs/                             curves for TensorBoard, if it is installed
 run     python train.py
         torchrun --nproc_per_node=4 train.py      on 4 GPUs; batch_size is that of each
 """
@@ -16,6 +18,7 @@ import os
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -27,9 +30,9 @@ from transformers.utils.logging import tqdm
 
 import bert_multilabel_cls
 import data_helper
-from bert_multilabel_cls import (BertMultiLabelCls, check_max_len, choose_precision, dtypes, find_encoder, gather_probs,
-                                 load_model, load_pretrained, load_state, load_tensors, mixed, naming_memory,
-                                 parameter_groups, save_model, set_up, start_at_prior)
+from bert_multilabel_cls import (BertMultiLabelCls, check_max_len, choose_precision, dtypes, export_model, find_encoder,
+                                 gather_probs, load_model, load_pretrained, load_state, load_tensors, mixed,
+                                 naming_memory, parameter_groups, save_model, save_tensors, set_up, start_at_prior)
 from data_helper import (MultiClsDataSet, all_scores, build_scratch_encoder, by_length, find_errors, from_main,
                          from_processes, grouped_batches, join_processes, largest, leave_processes, load_batches,
                          over_processes, parts_of_steps, random_state, set_random_state, spread, summary,
@@ -45,6 +48,8 @@ test_path = "./data/test.json"
 label2idx_path = "./data/label2idx.json"
 save_model_path = "./model/multi_label_cls.pth"  # its folder takes the other files of the model
 scratch_path = "./model/scratch_encoder"  # where the small BERT from scratch goes, if there has to be one
+export_path = "./model/transformers"  # of the best model as other tools read it; "" writes none
+runs_path = "./model/runs"  # of TensorBoard's curves, a folder a run; "" writes none
 
 # Machine.
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +63,8 @@ head_lr = 2e-4  # and of the pooler and the last layer above it, which have furt
 epochs = 10  # passes over the training file
 batch_size = 32  # texts at a time; if memory runs out, halve it and double accumulation_steps
 accumulation_steps = 1  # batches whose gradients add up to one step of the optimizer
-max_len = 128  # tokens; longer texts lose their end
+max_len = 128  # tokens; longer texts lose their end, or their middle:
+keep_tail = 0  # of a text longer than max_len, so many tokens are taken from its end, the rest from its start
 dropout = 0.1  # share of the pooled output that is set to 0 before the classifier
 warmup_ratio = 0.1  # share of the steps in which the learning rate rises; then it falls to 0
 max_grad_norm = 1.0  # gradients with a larger norm are scaled down to it; 0 never does
@@ -88,13 +94,15 @@ def train():
     """
     check_constants()
     run = prepare()
-    with noted_signals(run.signals):
-        while run.epoch < run.epochs and not out_of_patience(run):
-            train_epoch(run)
-            finish_epoch(run)
-    report_run(run)
+    with run.board or nullcontext():
+        with noted_signals(run.signals):
+            while run.epoch < run.epochs and not out_of_patience(run):
+                train_epoch(run)
+                finish_epoch(run)
+        report_run(run)
     if is_main():
         os.remove(beside(save_model_path, state_name))
+    run.runner = None
     leave_processes()
 
 
@@ -114,11 +122,11 @@ def train_epoch(run):
                 probs = run.runner(*inputs)
             # BCELoss would only say that it wants numbers from 0 to 1: what is not finite shall reach the loss.
             loss = run.criterion(probs.nan_to_num(), labels) + 0 * probs.sum()
+            run.losses.append((run.batch + 1, run.scheduler.get_last_lr()[0], loss.detach()))
             run.scaler.scale(loss * share).backward()
             if last:
                 step(run)
         run.total_loss += loss.detach() * share
-        run.losses.append((run.batch + 1, run.scheduler.get_last_lr()[0], loss.detach()))
         bar.update(len(batches[run.batch]))
         run.batch += 1
         if torch.device(device).type == "cpu" or run.batch % 20 == 0 and not bar.disable:  # reading waits for a GPU
@@ -155,6 +163,7 @@ def finish_epoch(run):
         run.best = dict(score=score, epoch=run.epoch, thresholds=thresholds, probs=probs)
     run.history.append(row)
     log_epoch(row, run.epochs, len(run.train_set))
+    draw_epoch(run, row, labels, probs)
     run.total_loss, run.seconds = torch.zeros((), device=device), 0.0
     save_state(run)
     keep_best(run)
@@ -186,8 +195,43 @@ def check_losses(run):
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} in epoch {run.epoch + 1}, batch {batch}, at a learning rate of "
                                  f"{rate:.2e}; lower lr and head_lr, raise warmup_ratio, or set precision = \"fp32\"")
+            draw(run, {"train/loss": loss, "train/lr": rate}, batch)
         run.losses, run.loss = [], losses[-1]
     return run.loss
+
+
+def open_board(run):
+    """Return TensorBoard's writer in the main process, if it is installed and wanted; else None.
+
+    A run that goes on writes on in its folder, and takes back what it had drawn of the steps that it now repeats.
+    """
+    if not runs_path or not is_main():
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log("note", f"no curves in {runs_path}; for them: pip install tensorboard && tensorboard --logdir {runs_path}")
+        return None
+    return SummaryWriter(os.path.join(runs_path, run.name), purge_step=run.epoch * run.batches + run.batch + 1)
+
+
+def draw(run, values, batch=0):
+    """Give TensorBoard `values` by name, at the number of batches since the run began."""
+    if run.board:
+        for name, value in values.items():
+            run.board.add_scalar(name, value, run.epoch * run.batches + batch)
+
+
+def draw_epoch(run, row, labels, probs):
+    """Give TensorBoard what an epoch brought, and the precision-recall curve over all labels, and over each."""
+    scores = {f"dev/{name.removeprefix('dev_')}": value for name, value in row.items()
+              if name not in ("epoch", "train_loss", "seconds", "saved")}
+    draw(run, {**scores, "train/examples_per_second": len(run.train_set) / row["seconds"]})
+    if run.board:
+        step, names = run.epoch * run.batches, label_names(run.dev_set.label2idx)
+        run.board.add_pr_curve("dev/all labels", labels, probs, step)
+        for column, name in enumerate(names):
+            run.board.add_pr_curve(f"dev by label/{name}", labels[:, column], probs[:, column], step)
 
 
 def prepare():
@@ -206,22 +250,23 @@ def prepare():
         encoder = bert_multilabel_cls.pretrained_model  # on another machine than the main process's: found by its name
     check_max_len(max_len, load_pretrained(BertConfig, encoder))
     tokenizer = load_pretrained(BertTokenizer, encoder)
-    train_set, dev_set = (MultiClsDataSet(path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+    train_set, dev_set = (MultiClsDataSet(path, max_len, tokenizer=tokenizer, label2idx=label2idx, keep_tail=keep_tail)
                           for path in (train_path, dev_path))
     model = BertMultiLabelCls(None, train_set.class_num, dropout, load_pretrained(BertModel, encoder))
     start_at_prior(model.fc, train_set.targets)
-    steps = math.ceil(math.ceil(len(train_set) / (batch_size * processes)) / accumulation_steps)  # in an epoch
+    batches = math.ceil(len(train_set) / (batch_size * processes))  # in an epoch
+    steps = math.ceil(batches / accumulation_steps)
     optimizer = torch.optim.AdamW(parameter_groups(model.to(device), encoder_lr, top_lr, weight_decay), fused=True)
     warmup = round(warmup_ratio * steps * total_epochs)
     run = SimpleNamespace(
         rank=rank, processes=processes, mode=mode, identity=identity, plan=plan,
-        epochs=total_epochs, steps=steps, tokenizer=tokenizer, train_set=train_set, dev_set=dev_set, model=model,
+        name=time.strftime("%Y-%m-%d_%H-%M-%S"), epochs=total_epochs, batches=batches, steps=steps, tokenizer=tokenizer, train_set=train_set, dev_set=dev_set, model=model,
         optimizer=optimizer, scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps * total_epochs),
         scaler=torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16"), criterion=nn.BCELoss(),
         epoch=0, batch=0, total_loss=torch.zeros((), device=device), losses=[], loss=0.0, history=[], best=None,
         seconds=0.0, begun=time.perf_counter(), saved_at=time.monotonic(), signals=[])
     torch.manual_seed(seed + rank)  # dropout of its own in each process
-    log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens")
+    log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens", train_texts_cut=train_set.cut)
     log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
         device=device, precision=mode, processes=processes)
     log("plan", epochs=total_epochs, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
@@ -230,6 +275,7 @@ def prepare():
         go_on(run, saved)
     if compile_model:
         train_set.round_to = compiled_length
+    run.board = open_board(run)
     run.runner = set_up(model, compile_model, processes)
     return run
 
@@ -273,12 +319,14 @@ def read_state(identity, processes):
 
 
 saved_parts = ("model", "optimizer", "scheduler", "scaler")  # of a run: have state_dict and load_state_dict
-saved_values = ("identity", "plan", "epoch", "batch", "history", "best", "seconds")
+saved_values = ("identity", "name", "plan", "epoch", "batch", "history", "best", "seconds")
 
 
 def save_state(run):
     """Write all that the run needs to go on from here. All processes call it; the main one writes."""
     check_losses(run)
+    if run.board:
+        run.board.flush()
     if not torch.stack([parameter.detach().sum() for parameter in run.model.parameters()]).isfinite().all():
         raise InputError(f"the weights are no numbers any more after epoch {run.epoch + 1}, batch {run.batch}, at a "
                          f"learning rate of {run.scheduler.get_last_lr()[0]:.2e}; lower lr and head_lr")
@@ -287,7 +335,7 @@ def save_state(run):
     if is_main():
         with whole_file(beside(save_model_path, state_name)) as temporary:
             parts = {name: getattr(run, name).state_dict() for name in saved_parts}
-            torch.save({**parts, **{name: getattr(run, name) for name in saved_values}, **more}, temporary)
+            save_tensors({**parts, **{name: getattr(run, name) for name in saved_values}, **more}, temporary)
     run.saved_at = time.monotonic()
 
 
@@ -323,6 +371,7 @@ def stop(run, number):
     """End the run, whose state is saved, after the signal `number`: exit code 128 + number, as a shell has it."""
     log("stopped", f"{'' if resume else 'set resume = True and '}run the same command again to go on;",
         epoch=run.epoch + 1, batch=run.batch, saved=beside(save_model_path, state_name))
+    run.runner = None
     leave_processes()
     sys.exit(128 + number)
 
@@ -409,7 +458,7 @@ def measure(model, tokenizer, label2idx, data_path):
     It computes as predict.py does, with the weights in the precision of the machine.
     """
     check_max_len(max_len, model.bert.config)
-    dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx)
+    dataset = MultiClsDataSet(data_path, max_len, tokenizer=tokenizer, label2idx=label2idx, keep_tail=keep_tail)
     torch.backends.cuda.matmul.allow_tf32 = False
     model.bert.to(dtypes[choose_precision(precision, device)])
     loss, probs = evaluate(model.to(device), dataset, nn.BCELoss(), "fp32")
@@ -431,6 +480,8 @@ def report_run(run):
         run.model.load_state_dict(load_state(save_model_path))
     spread(run.model)
     run.model.bert.config.thresholds = best["thresholds"]
+    if export_path and is_main():
+        export_model(run.model, run.tokenizer, run.dev_set.label2idx, export_path, max_len)
     test_scores, errors = measure(run.model, run.tokenizer, run.dev_set.label2idx, test_path)
     if not is_main():
         return

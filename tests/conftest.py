@@ -1,4 +1,5 @@
 """A tiny random BERT, its vocabulary and a data set in a temporary folder: no test needs a network or a GPU."""
+import hashlib
 import json
 import os
 import shutil
@@ -58,7 +59,8 @@ def set_up(folder, monkeypatch, encoder_folder):
         write_jsonl(f"data/{name}.json", EXAMPLES * times)
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", encoder_folder)
-    for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3).items():
+    for name, value in dict(device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3,
+                            runs_path="").items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(predict, "device", "cpu")
     monkeypatch.setattr(predict, "precision", "fp32")
@@ -67,7 +69,8 @@ def set_up(folder, monkeypatch, encoder_folder):
 
 def script(encoder_folder, **constants):
     """Return Python code that trains as `python train.py` does, with these constants and the tiny encoder."""
-    constants = dict(device="cpu", precision="fp32", epochs=3, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3) | constants
+    constants = dict(device="cpu", precision="fp32", epochs=3, batch_size=4, max_len=16, lr=1e-3, head_lr=5e-3,
+                     runs_path="") | constants
     lines = [f"train.{name} = {value!r}" for name, value in constants.items()]
     return "\n".join(["import bert_multilabel_cls, train", f"bert_multilabel_cls.pretrained_model = {encoder_folder!r}",
                       *lines, "train.run_script(train.train)"])
@@ -87,6 +90,11 @@ def finish(process):
     """Wait for a process; return (exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def contents(folder):
+    """Return the hash of each file in a folder by its path."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def without_key_biases(path):

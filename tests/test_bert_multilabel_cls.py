@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import shutil
@@ -5,17 +6,21 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import constants
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, pipeline
 
 import bert_multilabel_cls as ours
+import predict
+import train
 from conftest import TOKENS, root
-from data_preprocess import InputError, dump_json
+from data_preprocess import InputError, dump_json, label_names
 
 LABELS = {"体育": 0, "财经": 1, "科技": 2}
 
@@ -222,6 +227,120 @@ def test_a_broken_encoder_folder_is_one_sentence(tmp_path, encoder_folder, broke
     with pytest.raises(InputError, match=message) as caught:
         ours.load_pretrained(BertModel, str(tmp_path / "e"))
     assert "\n" not in str(caught.value)
+
+
+def test_the_exported_folder_gives_a_pipeline_our_probabilities(trained):
+    """Within 1e-5 in float32, with the labels' names, for texts of all lengths."""
+    texts = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨", "up ups a"]
+    label = pipeline("text-classification", model="./model/transformers", top_k=None, function_to_apply="sigmoid")
+    found = [{row["label"]: row["score"] for row in rows} for rows in label(texts, batch_size=3)]
+    names = label_names(predict.trained_model()[2])
+    np.testing.assert_allclose([[row[name] for name in names] for row in found], predict.predict_proba(texts), atol=1e-5, rtol=0)
+    [cut] = label("中超" * 100, truncation=True)  # at max_len of the run, as predict does with the same constant
+    predict.max_len = 16
+    try:
+        np.testing.assert_allclose([{row["label"]: row["score"] for row in cut}[name] for name in names],
+                                   predict.predict_proba(["中超" * 100])[0], atol=1e-5, rtol=0)
+    finally:
+        predict.max_len = 128
+
+
+def test_the_exported_folder_says_what_it_is(trained):
+    config = json.loads(Path("model/transformers/config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["BertForSequenceClassification"] and config["model_type"] == "bert"
+    assert config["problem_type"] == "multi_label_classification" and config["dtype"] == "float32"
+    assert config["id2label"] == {"0": "中超", "1": "体育", "2": "股市", "3": "财经"}
+    assert config["label2id"] == {"中超": 0, "体育": 1, "股市": 2, "财经": 3}
+    assert config["classifier_dropout"] == train.dropout and "classifiers" not in config
+    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json"} < set(os.listdir("model/transformers"))
+
+
+def test_the_exported_folder_is_a_model_to_load_predict_and_train_from(trained, monkeypatch, tmp_path):
+    texts = ["中超开赛", "股市大涨"]
+    probs, thresholds = predict.predict_proba(texts), predict.trained_model()[0].bert.config.thresholds
+    for name in ("multi_label_cls.pth", "config.json"):
+        os.remove(f"model/{name}")
+    monkeypatch.setattr(predict, "save_model_path", "./model/transformers")
+    np.testing.assert_array_equal(predict.predict_proba(texts), probs)
+    assert predict.predict(texts) == [["中超", "体育"], ["股市", "财经"]]
+    assert predict.trained_model()[0].bert.config.thresholds == thresholds != {}
+    monkeypatch.setattr(ours, "pretrained_model", "./model/transformers")
+    monkeypatch.setattr(train, "lr", 0.0)
+    train.train()
+    retrained, exported = (ours.load_model(path)[0] for path in ("./model/multi_label_cls.pth", "./model/transformers"))
+    torch.testing.assert_close(retrained.state_dict(), exported.state_dict(), atol=0, rtol=0)
+
+
+def trained_elsewhere(folder, encoder_folder, **changes):
+    """Write a classifier to `folder` as somebody's Trainer does; return it."""
+    config = BertConfig.from_pretrained(encoder_folder, id2label=dict(enumerate(LABELS)), label2id=LABELS, **changes)
+    classifier = BertForSequenceClassification.from_pretrained(encoder_folder, config=config)
+    classifier.save_pretrained(folder)
+    BertTokenizer.from_pretrained(encoder_folder).save_pretrained(folder)
+    return classifier.eval()
+
+
+@pytest.mark.parametrize("problem_type, dtype", [("multi_label_classification", torch.float32), (None, torch.float16)])
+def test_what_was_trained_elsewhere_predicts_here(tmp_path, encoder_folder, inputs, problem_type, dtype):
+    classifier = trained_elsewhere(tmp_path, encoder_folder, problem_type=problem_type)
+    classifier.to(dtype).save_pretrained(tmp_path)
+    model, _, label2idx = ours.load_model(str(tmp_path))
+    with torch.no_grad():
+        expected = classifier.float()(inputs[0], inputs[1], inputs[2]).logits.sigmoid()
+    torch.testing.assert_close(model(*inputs).detach(), expected, atol=1e-5, rtol=0)
+    assert label2idx == LABELS and model.fc.weight.dtype == torch.float32 and model.bert.config.thresholds == {}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder, encoder: trained_elsewhere(folder, encoder, problem_type="single_label_classification"),
+     "its problem_type is 'single_label_classification'"),
+    (lambda folder, encoder: os.remove(folder / "model.safetensors"), "model.safetensors: there is no trained model"),
+    (lambda folder, encoder: shutil.copy(f"{encoder}/model.safetensors", folder), "it has no fc.weight and fc.bias"),
+    (lambda folder, encoder: os.remove(folder / "config.json"), "config.json: No such file"),
+    (lambda folder, encoder: os.truncate(folder / "model.safetensors", 900), "not a checkpoint of this project"),
+])
+def test_a_folder_that_holds_no_such_model_is_one_sentence(tmp_path, encoder_folder, change, message):
+    trained_elsewhere(tmp_path, encoder_folder, problem_type="multi_label_classification")
+    change(tmp_path, encoder_folder)
+    with pytest.raises(InputError, match=message) as caught:
+        ours.load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("killed_at", range(4))
+def test_an_export_that_is_killed_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, model, tokenizer, inputs, killed_at):
+    """Of two models with the same sizes; a note that somebody put into the folder stays."""
+    ours.export_model(model, tokenizer, LABELS, str(tmp_path), 16)
+    (tmp_path / "README.md").write_text("mine")
+    before = model(*inputs).detach()
+    nn.init.normal_(model.fc.weight)
+    replaced, real = [], os.replace
+
+    def kill(source, target):
+        if len(replaced) == killed_at:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        real(source, target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        ours.export_model(model, tokenizer, dict(zip(reversed(LABELS), range(3))), str(tmp_path), 16)
+    with pytest.raises(InputError, match="config.json: No such file"):
+        ours.load_model(str(tmp_path))
+    ours.export_model(model, tokenizer, LABELS, str(tmp_path), 16)
+    after = ours.load_model(str(tmp_path))[0](*inputs)
+    assert torch.equal(after, model(*inputs)) and not torch.equal(after, before)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+
+
+@pytest.mark.parametrize("words, says, cased", [
+    (["nba", "<S>"], False, False), (["nba"], None, False), (["NBA", "nba"], None, True), (["NBA"], True, True)])
+def test_the_vocabulary_decides_about_capitals(tmp_path, encoder_folder, words, says, cased):
+    shutil.copy(f"{encoder_folder}/config.json", tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join([*TOKENS, *words]), encoding="utf-8")
+    if says is not None:
+        dump_json({"do_lower_case": says}, str(tmp_path / "tokenizer_config.json"))
+    assert ours.load_pretrained(BertTokenizer, str(tmp_path)).tokenize("NBA") == ["NBA" if cased else "nba"]
 
 
 @pytest.fixture

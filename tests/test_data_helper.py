@@ -87,19 +87,49 @@ def test_max_len_must_leave_room_for_text(tokenizer, max_len):
 
 @pytest.mark.parametrize("text", ["", "😀", "龘" * 50, "中" * 100_000, "\x00\u200b"])
 def test_odd_texts_are_encoded(tokenizer, text):
-    ids, lengths = data_helper.tokenize(tokenizer, [text, "中超"], 16)
+    ids, lengths, cut = data_helper.tokenize(tokenizer, [text, "中超"], 16)
     assert len(ids) == lengths.sum() and 2 <= lengths[0] <= 16 and ids[0] == 2 and ids[lengths[0] - 1] == 3
+    assert cut == (len(text) >= 50)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 6, 1000])
 def test_tokens_are_those_of_the_tokenizer_in_any_chunks(tokenizer, monkeypatch, chunk):
     monkeypatch.setattr(data_helper, "chunk_texts", chunk)
     texts = [text for text, _ in EXAMPLES]
-    ids, lengths = data_helper.tokenize(tokenizer, (text for text in texts), 7)
+    ids, lengths, _ = data_helper.tokenize(tokenizer, (text for text in texts), 7)
     expected = tokenizer(texts, padding=True, truncation=True, max_length=7, return_tensors="pt")
     found = data_helper.pad(ids, data_helper.starts_of(lengths), lengths, tokenizer.pad_token_id)
     for tensor, name in zip(found, ("input_ids", "attention_mask", "token_type_ids")):
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("length, keep_tail, kept", [
+    (6, 0, "中超股市"), (6, 1, "中超股分"), (6, 3, "中球得分"), (6, 4, "门球得分"), (12, 4, "中超股市今日门球得分"), (13, 4, None)])
+def test_of_a_longer_text_start_and_end_are_kept(tokenizer, length, keep_tail, kept):
+    text = "中超股市今日大门球得分"
+    ids, lengths, cut = data_helper.tokenize(tokenizer, ["中", text], length, keep_tail)
+    assert tokenizer.convert_ids_to_tokens(ids[3:].tolist()) == ["[CLS]", *(kept or text), "[SEP]"]
+    assert (lengths.tolist(), cut) == ([3, min(length, 13)], 0 if kept is None else 1)
+
+
+@pytest.mark.parametrize("keep_tail", [-1, 5, 1.0, "2"])
+def test_keep_tail_must_fit_into_max_len(tokenizer, keep_tail):
+    with pytest.raises(InputError, match=f"keep_tail = {keep_tail!r}: must be a whole number, from 0 to 4"):
+        data_helper.tokenize(tokenizer, ["中"], 6, keep_tail)
+
+
+def test_the_end_of_a_text_of_10_mb_is_seen_without_tokenizing_it_whole(tokenizer):
+    start = time.perf_counter()
+    ids, _, _ = data_helper.tokenize(tokenizer, ["中" + "大" * 3_400_000 + "球门"], 8, 2)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["[CLS]", *"中大大大球门", "[SEP]"]
+    assert time.perf_counter() - start < 2
+
+
+def test_a_dataset_counts_the_texts_that_it_cuts(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.json", [("中超股市", []), ("中超股市今", []), ("中超股市今日", [])])
+    dataset = MultiClsDataSet(path, 6, tokenizer=tokenizer, label2idx=LABEL2IDX, keep_tail=1)
+    assert dataset.cut == 2
+    assert dataset.input_ids[:, 4].tolist() == tokenizer.convert_tokens_to_ids(["市", "今", "日"])
 
 
 def test_padding_is_the_pad_token_of_the_tokenizer():
@@ -163,6 +193,7 @@ def test_each_step_is_the_mean_over_its_texts(processes, accumulation):
         assert got == pytest.approx(expected)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
 def test_a_large_file_is_read_fast_and_kept_small(tmp_path, encoder_folder):
     """In a process of its own, for its peak: kept 4 bytes a token and 1 a label, at most half as much on top."""
     path = write_jsonl(tmp_path / "a.json", [("中超股市今日开赛大涨球" * 5, ["体育"])] * 40_000)  # 55 characters

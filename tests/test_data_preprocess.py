@@ -27,7 +27,7 @@ def test_preprocess_sorts_labels_and_says_what_it_found(tmp_path, capsys):
     assert data_preprocess.load_json(tmp_path / "label2idx.json") == {"中超": 0, "体育": 1, "股市": 2, "财经": 3}
     printed = capsys.readouterr().out
     assert "count=6 labels=4 labels_per_text=1.67 fewest=0 most=4" in printed
-    assert "max_len=6 covers=50% longest=10" in printed
+    assert "max_len=6 covers=50% longest=10 cut_at_6=2 cut_at_128=0 cut_at_512=0\n" in printed
     assert 'fewer_than=5_examples names={"中超": 2, "体育": 3, "股市": 2, "财经": 3}' in printed
 
 

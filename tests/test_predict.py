@@ -1,17 +1,21 @@
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 import bert_multilabel_cls
 import predict
-from conftest import root
-from data_preprocess import InputError, dump_json
+from conftest import finish, root, start
+from data_preprocess import InputError, dump_json, dump_jsonl
 
 TEXTS = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨"]
 
@@ -200,3 +204,168 @@ def test_a_cold_start_imports_nothing_that_prediction_does_not_need():
     code = "import sys, predict; print([name for name in ('sklearn', 'train') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def label_file(monkeypatch, content, name="in.json", **constants):
+    """Write a file, have predict.py label it, and return the rows of the output."""
+    Path(name).write_bytes(content if isinstance(content, bytes) else "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode())
+    for constant, value in dict(input_path=name, output_path="out/labels.json", **constants).items():
+        monkeypatch.setattr(predict, constant, value)
+    predict.main()
+    return [json.loads(line) for line in open("out/labels.json", encoding="utf-8")]
+
+
+@pytest.mark.parametrize("sorted_together, batch_size", [(4096, 32), (2, 1), (5, 3)])
+def test_a_file_is_labelled_in_its_order_with_what_else_is_in_it(trained, monkeypatch, sorted_together, batch_size):
+    rows = label_file(monkeypatch, [{"id": number, "text": text, "more": {"a": [1.5, None, "龘"]}}
+                                    for number, text in enumerate(TEXTS * 2)],
+                      sorted_together=sorted_together, batch_size=batch_size)
+    assert [(row["id"], row["text"], row["more"]) for row in rows] == [
+        (number, text, {"a": [1.5, None, "龘"]}) for number, text in enumerate(TEXTS * 2)]
+    pairs = predict.predict_pairs(TEXTS * 2)
+    assert [row["label"] for row in rows] == [[label for label, _ in some] for some in pairs]
+    assert [row["probability"] for row in rows] == [{label: pytest.approx(prob, abs=1e-4) for label, prob in some} for some in pairs]
+    assert any(row["label"] for row in rows) and os.listdir("out") == ["labels.json"]
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in"])
+def test_plain_text_is_a_text_a_line_blank_ones_too(trained, monkeypatch, name):
+    rows = label_file(monkeypatch, b"\xef\xbb\xbf" + "股市大涨\r\n\r\n 中超 \n今日".encode(), name)
+    assert [row["text"] for row in rows] == ["股市大涨", "", " 中超 ", "今日"]
+    assert rows[0]["label"] == ["股市", "财经"] and set(rows[0]) == {"text", "label", "probability"}
+
+
+def test_jsonl_is_known_by_its_first_line_too(trained, monkeypatch):
+    rows = label_file(monkeypatch, b'\n{"text": "a", "x": "\\ud800"}\n\n{"text": "b"}', "in.txt")
+    assert [(row["text"], row.get("x")) for row in rows] == [("a", "\ud800"), ("b", None)]
+
+
+def test_thresholds_and_numbers_of_labels_hold_for_files_too(trained, monkeypatch):
+    rows = label_file(monkeypatch, [{"text": "今日"}, {"text": "股市大涨"}], min_labels=1, max_labels=1)
+    assert [len(row["label"]) for row in rows] == [1, 1]
+
+
+def test_a_labelled_file_is_measured(trained, monkeypatch, capsys):
+    """Against scikit-learn, on what was written; lines without a label do not count."""
+    truth = [["中超"], [], ["股市", "财经"], None, ["体育"], ["中超", "体育"]]
+    rows = label_file(monkeypatch, [{"text": text} | ({} if labels is None else {"label": labels})
+                                    for text, labels in zip(TEXTS, truth)], sorted_together=2)
+    assert [row.get("true") for row in rows] == truth
+    names = ["中超", "体育", "股市", "财经"]
+    found, true = ([[name in row[key] for name in names] for row in rows if "true" in row] for key in ("label", "true"))
+    *labels, scores, wrote = capsys.readouterr().out.splitlines()[-6:]
+    assert len([line for line in labels if line.startswith("label    ")]) == 4
+    assert scores.startswith("scores   threshold=0.5 texts=5 accuracy=") and wrote.startswith("wrote    path=out/labels.json texts=6 ")
+    printed = dict(field.split("=") for field in scores.split()[1:])
+    assert float(printed["accuracy"]) == pytest.approx(np.mean([a == b for a, b in zip(found, true)]), abs=1e-4)
+    for average in ("micro", "macro"):
+        assert float(printed[f"{average}_f1"]) == pytest.approx(f1_score(true, found, average=average, zero_division=0), abs=1e-4)
+
+
+def test_an_unlabelled_file_is_not_measured(trained, monkeypatch, capsys):
+    label_file(monkeypatch, [{"text": "中超"}])
+    assert "scores" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, name, message", [
+    (b'{"text": "a"}\n{"text": 1}\n', "in.json", "in.json:2: \"text\" must be a string"),
+    (b'{"text": "a"}\n{"label": []}\n', "in.json", "in.json:2: \"text\" must be a string, but is missing"),
+    (b'{"text": "a"}\n{"text": "a", "label": "b"}\n', "in.json", "in.json:2: \"label\" must be a list"),
+    (b'{"text": "a"}\n{"text": "a", "label": ["other"]}\n', "in.json", "in.json:2: the model does not know the label 'other'"),
+    (b'{"text": "a"}\n{"text"', "in.json", "in.json:2: not JSON"),
+    ("中超".encode("gbk"), "in.txt", "in.txt:1: not UTF-8, probably GBK"),
+    (b"", "in.json", "in.json: no texts"),
+    (b"a", "out/labels.json", "is the input"),
+])
+def test_a_fault_in_a_file_is_said_before_anything_is_computed(trained, monkeypatch, content, name, message):
+    os.mkdir("out")
+    Path("out/labels.json").write_text("before")
+    monkeypatch.setattr(predict, "gather_probs", lambda *_: pytest.fail("computed"))
+    with pytest.raises(InputError, match=message):
+        label_file(monkeypatch, content, name)
+    assert Path("out/labels.json").read_bytes() == (content if name.startswith("out") else b"before")
+
+
+@pytest.mark.parametrize("paths", [dict(input_path="a.json"), dict(output_path="b.json")])
+def test_one_path_alone_is_an_error(trained, monkeypatch, paths):
+    for name, value in paths.items():
+        monkeypatch.setattr(predict, name, value)
+    with pytest.raises(InputError, match="input_path = .*, output_path = .*: set both, or neither"):
+        predict.main()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), KeyboardInterrupt("^C"), InputError("out of memory")])
+def test_what_ends_in_the_middle_leaves_the_old_output(trained, monkeypatch, error):
+    before = label_file(monkeypatch, [{"text": text} for text in TEXTS])
+    calls, real = [], predict.gather_probs
+
+    def fail(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return real(*given)
+    monkeypatch.setattr(predict, "gather_probs", fail)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        label_file(monkeypatch, [{"text": "新"}] * 9, sorted_together=2)
+    assert [json.loads(line) for line in open("out/labels.json", encoding="utf-8")] == before
+    assert os.listdir("out") == ["labels.json"]
+
+
+def test_a_training_that_ends_meanwhile_does_not_mix_two_models_into_one_file(trained, monkeypatch):
+    expected = label_file(monkeypatch, [{"text": text} for text in TEXTS], sorted_together=2)
+
+    def train_on(*given, real=predict.gather_probs):
+        model, tokenizer, label2idx = bert_multilabel_cls.load_model(predict.save_model_path)
+        torch.nn.init.constant_(model.fc.bias, 9.0)
+        bert_multilabel_cls.save_model(model, tokenizer, label2idx, predict.save_model_path)
+        return real(*given)
+    monkeypatch.setattr(predict, "gather_probs", train_on)
+    assert label_file(monkeypatch, [{"text": text} for text in TEXTS], sorted_together=2) == expected
+
+
+def test_keep_tail_is_obeyed(trained, monkeypatch):
+    monkeypatch.setattr(predict, "max_len", 6)
+    monkeypatch.setattr(predict, "keep_tail", 2)
+    np.testing.assert_allclose(predict.predict_proba(["股市今日中超开赛大涨"]), predict.predict_proba(["股市大涨"]), atol=1e-6)
+    monkeypatch.setattr(predict, "keep_tail", 5)
+    with pytest.raises(InputError, match="keep_tail = 5: must be a whole number, from 0 to 4"):
+        predict.predict(["中"])
+
+
+LABEL = """import predict
+for name, value in dict(device="cpu", input_path="in.json", output_path="out/labels.json", sorted_together=8, batch_size=3).items():
+    setattr(predict, name, value)
+predict.run_script(predict.main)
+"""
+
+
+def test_processes_of_torchrun_write_the_same_bytes(trained):
+    """60 texts in portions of 8: in the last round the second process has part of one, and the third none."""
+    chance = np.random.default_rng(0)
+    lengths = chance.integers(1, 30, 60)
+    dump_jsonl([{"text": "".join(chance.choice(list("中超股市今日开赛大涨"), n)), "id": int(n), "label": ["体育"]} for n in lengths],
+               "in.json")
+    outputs, scores = [], []
+    for processes in (1, 3):
+        code, out, err = finish(start(LABEL, processes))
+        assert code == 0, err
+        outputs.append(Path("out/labels.json").read_bytes())
+        scores.append([line for line in out.splitlines() if line.startswith("scores ")])
+        assert f"processes={processes}\n" in out and out.count("\nwrote ") == 1
+    assert outputs[0] == outputs[1] and outputs[0].count(b"\n") == 60 and scores[0] == scores[1] and len(scores[0]) == 1
+    assert os.listdir("out") == ["labels.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
+def test_memory_does_not_grow_with_the_file(trained):
+    """Ten times as many texts; what they have beside the text is 200 bytes a line."""
+    for name, texts in (("in.json", 4_000), ("large.json", 40_000)):
+        dump_jsonl(({"text": "中超股市", "more": "x" * 200} for _ in range(texts)), name)
+    look = "import resource\npeak = lambda: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\npeak()\n"
+    code, out, err = finish(start(LABEL.replace("sorted_together=8, batch_size=3", "sorted_together=500") + look +
+                                  "predict.input_path = 'large.json'\npredict.main()\npeak()"))
+    assert code == 0, err
+    small, large = (int(line.split()[1]) for line in out.splitlines() if line.startswith("peak "))
+    assert os.path.getsize("out/labels.json") > 10 * 2 ** 20
+    assert large - small < 5 * 1024, (small, large)  # KiB

@@ -2,7 +2,6 @@
 
 The kills are real ones, of real processes. Most come from a fork server that has imported torch once.
 """
-import hashlib
 import json
 import multiprocessing
 import os
@@ -20,9 +19,11 @@ import bert_multilabel_cls
 import data_preprocess
 import train
 from bert_multilabel_cls import load_model
-from conftest import EXAMPLES, finish, root, script, start, write_jsonl
+from conftest import EXAMPLES, contents, finish, root, script, start, write_jsonl
 from data_preprocess import InputError
 
+if sys.platform == "win32":
+    pytest.skip("kills, signals and limits as POSIX has them", allow_module_level=True)
 STATE = "model/training_state.pth"
 SLOW = "import time, train\nreal = train.step\ntrain.step = lambda run: real(run) or time.sleep(0.05)\n"  # 0.6 s an epoch
 os.environ["PYTHONPATH"] = str(root)  # for the fork server
@@ -187,10 +188,6 @@ def stop_after(monkeypatch, epoch):
         patch.setattr(train, "finish_epoch", finish_epoch)
         with pytest.raises(KeyboardInterrupt):
             train.train()
-
-
-def contents(folder):
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def change_data(project, monkeypatch):

@@ -3,17 +3,21 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForPreTraining, BertTokenizer
 
 import bert_multilabel_cls
 import data_preprocess
+import predict
 import train
 from bert_multilabel_cls import BertMultiLabelCls, load_model
-from conftest import root, without_key_biases, write_jsonl
+from conftest import TOKENS, root, without_key_biases, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -60,14 +64,15 @@ def test_dev_returns_mean_loss_and_accuracy(project):
 
 
 def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys):
-    for name, value in dict(epochs=30, lr=5e-3, batch_size=5, save_model_path="./out/best.pth", seed=1).items():
+    for name, value in dict(epochs=30, lr=5e-3, batch_size=5, save_model_path="./out/best.pth", seed=1,
+                            export_path="./out/transformers").items():
         monkeypatch.setattr(train, name, value)
     train.train()
     printed = capsys.readouterr().out
     assert printed.count("\nepoch ") == 30
     assert "steps_per_epoch=10 batch_size=5 accumulation=1 lr=0.005 head_lr=0.005 " in printed
-    assert "train=48 dev=6 test=6 labels=4 max_len=16_tokens" in printed and "device=cpu precision=fp32" in printed
-    assert train.test("./out/best.pth", "./data/test.json") == 1
+    assert "train=48 dev=6 test=6 labels=4 max_len=16_tokens train_texts_cut=0\n" in printed and "device=cpu precision=fp32" in printed
+    assert train.test("./out/best.pth", "./data/test.json") == train.test("./out/transformers", "./data/test.json") == 1
     assert not (project / "model").exists()
 
 
@@ -160,6 +165,116 @@ def test_steps_and_schedule_are_right(project, monkeypatch, capsys, batch_size, 
     expected = [n / rise if n < rise else (total - n) / (total - rise) for n in range(total)]
     assert [groups[0] for groups in rates] == pytest.approx([train.lr * share for share in expected])
     assert [groups[-1] for groups in rates] == pytest.approx([train.head_lr * share for share in expected])
+
+
+def test_what_only_the_end_of_a_text_says_is_learned_with_keep_tail(project, monkeypatch, capsys):
+    examples = [("今日" * 10 + sign, ["体育"] if sign == "球" else ["财经"]) for sign in "球股" * 16]
+    for name in ("train", "dev", "test"):
+        write_jsonl(f"data/{name}.json", examples)
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    accuracy = {}
+    for keep_tail in (0, 2):
+        for name, value in dict(keep_tail=keep_tail, epochs=20, lr=5e-3).items():
+            monkeypatch.setattr(train, name, value)
+        train.train()
+        accuracy[keep_tail] = train.test(train.save_model_path, "./data/test.json")
+    assert accuracy[0] <= 0.5 and accuracy[2] == 1, accuracy
+    assert "max_len=16_tokens train_texts_cut=32\n" in capsys.readouterr().out
+
+
+def curves(runs="./model/runs"):
+    """Return what TensorBoard reads of the one run in a folder: {name: [(step, value)]}, and its other tags."""
+    [folder] = os.listdir(runs)
+    events = EventAccumulator(os.path.join(runs, folder), {"scalars": 0, "tensors": 0}).Reload()
+    names = events.Tags()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names["scalars"]}, names["tensors"]
+
+
+def test_curves_are_written_for_tensorboard(project, monkeypatch):
+    for name, value in dict(runs_path="./model/runs", batch_size=8, epochs=3, warmup_ratio=0.5).items():
+        monkeypatch.setattr(train, name, value)
+    train.train()
+    scalars, others = curves()
+    history = [json.loads(line) for line in open("model/history.json")]
+    steps = list(range(1, 19))  # 6 batches an epoch
+    assert [step for step, _ in scalars["train/loss"]] == [step for step, _ in scalars["train/lr"]] == steps
+    assert [value for _, value in scalars["train/lr"]] == pytest.approx(
+        [train.lr * n / 9 if n < 9 else train.lr * (18 - n) / 9 for n in range(18)])
+    losses = [value for _, value in scalars["train/loss"]]
+    assert [sum(losses[start:start + 6]) / 6 for start in (0, 6, 12)] == pytest.approx([row["train_loss"] for row in history])
+    for name in ("accuracy", "micro_f1", "macro_f1", "dev_loss"):
+        assert scalars[f"dev/{name.removeprefix('dev_')}"] == [(6 * row["epoch"], pytest.approx(row[name])) for row in history]
+    assert [value for _, value in scalars["train/examples_per_second"]] == pytest.approx([48 / row["seconds"] for row in history])
+    assert {"dev/all labels", "dev by label/体育"} <= set(others)
+
+
+def test_curves_of_a_run_that_was_killed_go_on_where_it_does(project, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+    for name, value in dict(runs_path="./model/runs", batch_size=8, save_minutes=10).items():
+        monkeypatch.setattr(train, name, value)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "step", lambda run, real=train.step: die() if (run.epoch, run.batch) == (1, 3) else real(run))
+        train.train()
+    train.train()
+    scalars, _ = curves()
+    assert [step for step, _ in scalars["train/loss"]] == list(range(1, 13))
+    assert [step for step, _ in scalars["dev/accuracy"]] == [6, 12]
+
+
+def test_without_tensorboard_one_line_says_how_to_get_curves(project, monkeypatch, capsys):
+    monkeypatch.setattr(train, "runs_path", "./model/runs")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    train.train()
+    assert [line for line in capsys.readouterr().out.splitlines() if "tensorboard" in line] == [
+        "note     no curves in ./model/runs; for them: pip install tensorboard && tensorboard --logdir ./model/runs"]
+    assert not os.path.exists("model/runs")
+
+
+def test_an_empty_export_path_exports_nothing(project, monkeypatch):
+    monkeypatch.setattr(train, "export_path", "")
+    train.train()
+    assert "transformers" not in os.listdir("model") and "multi_label_cls.pth" in os.listdir("model")
+
+
+@pytest.mark.parametrize("layers, hidden, heads, words, files", [
+    (2, 16, 2, ["hello", "cafe", "world"], "tokenizer.json model.safetensors"),  # as bert-base-uncased
+    (1, 24, 3, ["Hello", "hello", "café", "World"], "vocab.txt pytorch_model.bin"),  # cased, and nothing says so
+    (3, 32, 4, ["Hello", "hello", "café", "World"], "tokenizer.json pytorch_model.bin"),
+    (2, 48, 12, ["hello", "cafe", "world"], "vocab.txt says_cased pytorch_model.bin"),  # as bert-base-chinese
+])
+def test_any_bert_is_trained_by_changing_its_name_alone(project, monkeypatch, layers, hidden, heads, words, files):
+    """Sizes, capitals, the forms of vocabulary and weights; LayerNorm's old names, a masked language model's head."""
+    vocabulary = [*TOKENS, *words]
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=layers,
+                        num_attention_heads=heads, intermediate_size=2 * hidden, max_position_embeddings=128)
+    bert = BertForPreTraining(config)
+    nn.init.normal_(bert.bert.embeddings.LayerNorm.weight)
+    config.save_pretrained("another")
+    state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
+             for name, tensor in bert.state_dict().items()}
+    if "bin" in files:
+        torch.save(state, "another/pytorch_model.bin")
+    else:
+        bert.save_pretrained("another")
+    cased = "Hello" in words
+    if "vocab.txt" in files:
+        Path("another/vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    else:
+        BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)}, do_lower_case=not cased).save_pretrained("another")
+        os.remove("another/tokenizer_config.json")
+    if "says_cased" in files:
+        Path("another/tokenizer_config.json").write_text('{"do_lower_case": false}', encoding="utf-8")
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", "./another")
+    monkeypatch.setattr(train, "lr", 0.0)
+    train.train()
+    shutil.rmtree("another")
+    for path in ("./model/multi_label_cls.pth", "./model/transformers"):
+        model, tokenizer, _ = load_model(path, "")
+        assert torch.equal(model.bert.embeddings.LayerNorm.weight, bert.bert.embeddings.LayerNorm.weight)
+        assert tokenizer.tokenize("Hello WORLD café中") == (
+            ["Hello", "[UNK]", "café", "中"] if cased else ["hello", "world", "cafe", "中"])
+    assert len(predict.predict(["Hello 中超"])) == 1
 
 
 def test_a_compiled_network_is_compiled_a_handful_of_times(project, monkeypatch):
