@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -255,6 +256,10 @@ def trained_model():
 def load_once(save_model_path, label2idx_path, device, mode, written):
     """Return what trained_model does; `written`, the time of the file, only tells one model from the next."""
     model, tokenizer, label2idx = load_model(save_model_path, label2idx_path)
+    cut = getattr(model.bert.config, "trained_cut", [max_len, keep_tail])
+    if cut != [max_len, keep_tail] and is_main():
+        print(f"note     max_len = {max_len}, keep_tail = {keep_tail}, but the model was trained with {cut[0]} and {cut[1]}",
+              file=sys.stderr)
     model.bert.to(dtypes[mode])
     return model.to(device), tokenizer, label2idx
 

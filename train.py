@@ -253,6 +253,7 @@ def prepare():
     train_set, dev_set = (MultiClsDataSet(path, max_len, tokenizer=tokenizer, label2idx=label2idx, keep_tail=keep_tail)
                           for path in (train_path, dev_path))
     model = BertMultiLabelCls(None, train_set.class_num, dropout, load_pretrained(BertModel, encoder))
+    model.bert.config.trained_cut = [max_len, keep_tail]  # goes with the model: predict.py compares
     start_at_prior(model.fc, train_set.targets)
     batches = math.ceil(len(train_set) / (batch_size * processes))  # in an epoch
     steps = math.ceil(batches / accumulation_steps)
@@ -289,7 +290,8 @@ def constants():
 
 def identify(mode, processes):
     """Return what must not change while a run is stopped, by name: constants and the content of files, as strings."""
-    fixed = {name: value for name, value in constants().items() if name not in ("resume", "save_minutes", "state_name")}
+    free = "resume", "save_minutes", "state_name", "export_path", "runs_path"
+    fixed = {name: value for name, value in constants().items() if name not in free}
     paths = train_path, dev_path, test_path, label2idx_path
     files = {path: f"a file with sha256 {file_hash(path)}" for path in paths}
     more = {"precision in use": mode, "number of processes": processes}

@@ -333,6 +333,15 @@ def test_keep_tail_is_obeyed(trained, monkeypatch):
         predict.predict(["中"])
 
 
+def test_texts_cut_otherwise_than_in_training_are_a_note(trained, monkeypatch, capsys):
+    predict.predict(["中"])
+    assert capsys.readouterr() == ("", "note     max_len = 128, keep_tail = 0, but the model was trained with 16 and 0\n")
+    monkeypatch.setattr(predict, "max_len", 16)
+    predict.load_once.cache_clear()
+    predict.predict(["中"])
+    assert capsys.readouterr().err == ""
+
+
 LABEL = """import predict
 for name, value in dict(device="cpu", input_path="in.json", output_path="out/labels.json", sorted_together=8, batch_size=3).items():
     setattr(predict, name, value)
