@@ -165,9 +165,10 @@ def locally():
             transformers_logging.enable_progress_bar()
 
 
-def load_pretrained(part, name):
+def load_pretrained(part, name, trained=False):
     """Return `part.from_pretrained` of an encoder; `part` is BertModel (given in float32), BertTokenizer or BertConfig.
 
+    trained: whether it is a trained model's: then its tokenizer says itself whether it puts texts in lower case.
     Raises InputError, within `hub_seconds` if there is no network, if it cannot be had or is not a BERT.
     """
     folder, tried = find_encoder(name)
@@ -178,14 +179,14 @@ def load_pretrained(part, name):
     try:
         with locally():
             loaded = part.from_pretrained(folder or name)
-            if hasattr(loaded, "do_lower_case") and loaded.do_lower_case == is_cased(loaded):
+            if part is BertTokenizer and not trained and loaded.do_lower_case == is_cased(loaded):
                 loaded = part.from_pretrained(folder or name, do_lower_case=not loaded.do_lower_case)
     except Exception as error:  # each format of the weights has errors of its own
         raise InputError(tried or f"{name}: cannot be loaded ({first_line(error)}); is the download complete, and "
                          "are the weights more than a Git LFS pointer?") from None
     if isinstance(loaded, nn.Module):
-        for parameter in loaded.parameters():  # float16 would be trained in float16, and Windows replaces no mapped file
-            parameter.data = parameter.data.float().clone()
+        for parameter in loaded.parameters():  # float16 would be trained in float16; Windows replaces no mapped file
+            parameter.data = parameter.data.to(torch.float32, copy=True)
         return loaded
     if hasattr(loaded, "all_special_tokens") and len(loaded) <= len(loaded.all_special_tokens):
         raise InputError(tried or f"{name}: has no tokenizer files, or an empty vocabulary")
@@ -193,13 +194,14 @@ def load_pretrained(part, name):
 
 
 def is_cased(tokenizer):
-    """Return whether the vocabulary has words with capitals: 1 % of it and more, or a few that were added.
+    """Return whether the vocabulary has words with capitals, more than 1 % of its words in Latin or such letters.
 
     It alone decides whether texts are put in lower case. transformers would do it to a cased vocabulary whose folder
     lacks tokenizer_config.json, and not to that of bert-base-chinese, where HTTP then is [UNK], though http is known.
     """
     words = [token.removeprefix("##") for token in tokenizer.get_vocab()]
-    return sum(word.isalpha() and word != word.lower() for word in words) > len(words) / 100
+    words = [word for word in words if word.isalpha() and word.lower() != word.upper()]
+    return sum(word != word.lower() for word in words) > len(words) / 100
 
 
 def find_encoder(name):
@@ -268,6 +270,7 @@ def save_pretrained_whole(folder, *parts):
             os.remove(os.path.join(folder, "config.json"))
     for name in names:
         with whole_file(os.path.join(folder, name)) as target:
+            shutil.copymode(os.path.join(unfinished, "config.json"), os.path.join(unfinished, name))  # not 0600
             os.replace(os.path.join(unfinished, name), target)
     os.rmdir(unfinished)
 
@@ -312,13 +315,15 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None):
 def export_model(model, tokenizer, label2idx, folder, max_len):
     """Write a model to `folder` as transformers' BertForSequenceClassification: for all that reads that format.
 
-    Its tokenizer cuts, if asked for truncation, at max_len. The tuned thresholds are carried along in config.json.
+    Its tokenizer cuts at max_len where it is asked for truncation, and always the end. The tuned thresholds are
+    carried along in config.json.
     """
     config = labelled_config(model, label2idx)
     config.classifier_dropout = model.drop.p
     with torch.device("meta"):  # spends no time on random weights
         exported = BertForSequenceClassification(config)
     exported.bert, exported.classifier = model.bert, model.fc
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max_len
     save_pretrained_whole(folder, exported, tokenizer)
 
@@ -337,24 +342,17 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     BertForSequenceClassification, as export_model writes it. The model is on the CPU, in evaluation mode.
     Raises InputError if a file is missing, broken, or does not fit the others.
     """
-    exported, state = os.path.isdir(model_path), load_state(model_path)
-    folder = model_path if exported else os.path.dirname(model_path) or "."
-    config_path = os.path.join(folder, "config.json")
-    written = load_object(config_path) if exported or os.path.exists(config_path) else {}
-    if exported and written.get("problem_type") not in (None, "multi_label_classification"):
-        raise InputError(f"{config_path}: its problem_type is {written['problem_type']!r}; only a model that was trained "
-                         "with a sigmoid for each label fits here: multi_label_classification")
-    complete = exported or "classifiers" in written
-    if complete and not exported and fingerprint(state) not in written["classifiers"]:
-        raise InputError(f"{model_path}: is not the model that {config_path} was written for, so its labels are "
-                         "unknown; train again, or move config.json away to use "
-                         f"{label2idx_path} and the encoder {pretrained_model}")
+    state = load_state(model_path)
+    folder, written, tuned = read_config(model_path, state, label2idx_path)
+    complete = written is not None
     encoder = folder if complete else pretrained_model
     config = load_pretrained(BertConfig, encoder)
-    tuned = written.get("thresholds") if exported else written.get("classifiers", {}).get(fingerprint(state))
-    config.thresholds = tuned or {}
-    tokenizer = load_pretrained(BertTokenizer, encoder)
-    label2idx = config.label2id if complete else load_label2idx(label2idx_path)
+    config.thresholds = tuned
+    tokenizer = load_pretrained(BertTokenizer, encoder, trained=complete)
+    if complete:
+        label2idx = {label: column for column, label in config.id2label.items()}
+    else:
+        label2idx = load_label2idx(label2idx_path)
     if state["fc.bias"].numel() != len(label2idx):
         raise InputError(f"{model_path}: has {state['fc.bias'].numel()} labels, but {len(label2idx)} are listed in "
                          f"{folder if complete else label2idx_path}; they belong to different runs")
@@ -369,6 +367,29 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     return model.eval(), tokenizer, label2idx
 
 
+def read_config(model_path, state, label2idx_path):
+    """Return (folder, config.json, tuned thresholds) of a trained model; None for a config.json that is not its own.
+
+    Raises InputError if it is that of another model.
+    """
+    exported = os.path.isdir(model_path)
+    folder = model_path if exported else os.path.dirname(model_path) or "."
+    config_path = os.path.join(folder, "config.json")
+    written = load_object(config_path) if exported or os.path.exists(config_path) else {}
+    if exported:
+        if written.get("problem_type") not in (None, "multi_label_classification"):
+            raise InputError(f"{config_path}: its problem_type is {written['problem_type']!r}; only a model that was "
+                             "trained with a sigmoid for each label fits here: multi_label_classification")
+        return folder, written, written.get("thresholds") or {}
+    if "classifiers" not in written:
+        return folder, None, {}
+    if fingerprint(state) not in written["classifiers"]:
+        raise InputError(f"{model_path}: is not the model that {config_path} was written for, so its labels are "
+                         "unknown; train again, or move config.json away to use "
+                         f"{label2idx_path} and the encoder {pretrained_model}")
+    return folder, written, written["classifiers"][fingerprint(state)]
+
+
 def check_max_len(max_len, config):
     """Raise InputError if texts of `max_len` tokens are longer than the encoder has positions for, or hold no text."""
     check_number("max_len", max_len, 3, whole=True)  # [CLS], one token, [SEP]
@@ -378,13 +399,14 @@ def check_max_len(max_len, config):
 
 def load_state(model_path):
     """Return the state dict at `model_path`, a .pth or a folder, on the CPU. Raises InputError if it is none."""
-    path = model_path
-    if os.path.isdir(model_path):
-        path = os.path.join(model_path, "model.safetensors")
+    exported = os.path.isdir(model_path)
+    path = os.path.join(model_path, "model.safetensors") if exported else model_path
     if not os.path.exists(path):
-        raise InputError(f"{path}: there is no trained model yet; run: python train.py")
+        raise InputError(f"{path}: there is no trained model " + (
+            "in this folder; a .pth is named by its file, other weights become model.safetensors by save_pretrained"
+            if exported else "yet; run: python train.py"))
     state = load_tensors(path)
-    if os.path.isdir(model_path):
+    if exported:
         state = {re.sub(r"^classifier\.", "fc.", name): tensor for name, tensor in state.items()}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), torch.Tensor) for name in classifier):
         raise InputError(f"{model_path}: not a checkpoint of this project (it has no {' and '.join(classifier)})")
@@ -459,6 +481,7 @@ def gather_probs(model, batches, precision="fp32"):
 
     `batches` gives (input_ids, attention_mask, token_type_ids, labels), or the first three: then labels is None.
     precision: that of autocast; a model whose weights are in a precision of their own needs none.
+    Raises InputError if a probability is not a number, or memory runs out.
     """
     model.eval()
     device = model.fc.weight.device
@@ -467,4 +490,8 @@ def gather_probs(model, batches, precision="fp32"):
         with naming_memory(batch[0]), mixed(device, precision):
             probs.append(model(*(tensor.to(device, non_blocking=True) for tensor in batch[:3])))
         labels.extend(batch[3:])
-    return torch.cat(probs).cpu(), torch.cat(labels).cpu() if labels else None
+    probs = torch.cat(probs).cpu()
+    if not probs.isfinite().all():
+        raise InputError("the network gives no numbers any more; set precision = \"fp32\", or in training lower lr and "
+                         "head_lr, or raise warmup_ratio")
+    return probs, torch.cat(labels).cpu() if labels else None

@@ -9,7 +9,6 @@ import re
 from array import array
 from collections import Counter
 from datetime import timedelta
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -110,16 +109,16 @@ def tokenize(tokenizer, texts, max_len, keep_tail=0):
 
         [CLS] start … start end … end [SEP]     so many tokens of the end, the rest of the start
     """
-    for name, value, least, most in (("max_len", max_len, 3, None), ("chunk_texts", chunk_texts, 1, None),
-                                     ("keep_tail", keep_tail, 0, max_len - 2)):
-        check_number(name, value, least, most, whole=True)
-    ids, lengths, texts, cut = array("i"), array("q"), iter(texts), 0
+    check_number("max_len", max_len, 3, whole=True)
+    check_number("keep_tail", keep_tail, 0, max_len - 2, whole=True)
+    check_number("chunk_texts", chunk_texts, 1, whole=True)
+    ids, lengths, cut = array("i"), array("q"), 0
     backend = tokenizer.backend_tokenizer  # without the lists that the tokenizer makes of all it returns
     backend.no_truncation()
     backend.no_padding()
     head, tail = max_len * looked_at, keep_tail * looked_at  # characters
-    while some := [text if len(text) <= head + tail else text[:head] + text[len(text) - tail:]
-                   for text in islice(texts, chunk_texts)]:
+    seen = (text if len(text) <= head + tail else text[:head] + text[len(text) - tail:] for text in texts)
+    while some := chunk_of(seen):
         for encoding in backend.encode_batch_fast(some):
             kept = encoding.ids
             if len(kept) > max_len:
@@ -128,6 +127,17 @@ def tokenize(tokenizer, texts, max_len, keep_tail=0):
             ids.extend(kept)
             lengths.append(len(kept))
     return torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64), cut
+
+
+def chunk_of(texts):
+    """Return the next texts of an iterator as a list: chunk_texts of them, or fewer long ones."""
+    some, characters = [], 0
+    for text in texts:
+        some.append(text)
+        characters += len(text)
+        if len(some) == chunk_texts or characters > 1000 * chunk_texts:  # encodings take 100 bytes a token
+            break
+    return some
 
 
 def starts_of(lengths):
@@ -198,12 +208,13 @@ def join_processes(device):
     if not dist.is_initialized():
         on_gpu, local_rank = str(device).startswith("cuda"), int(os.environ.get("LOCAL_RANK", 0))
         if on_gpu and (str(device) != "cuda" or local_rank >= torch.cuda.device_count()):
-            raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", with a GPU for each; '
-                             f"this machine has {torch.cuda.device_count()}")
+            raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", with a GPU for '
+                             f"each; this machine has {torch.cuda.device_count()}")
         if on_gpu:
             torch.cuda.set_device(local_rank)
-        # An hour, because the others wait while the first one downloads an encoder.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
+        # A day, because the others wait while the first one downloads an encoder, or labels its part of a file.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -230,13 +241,13 @@ def largest(number):
     return over_processes(torch.tensor(int(number)), "MAX").item()
 
 
-def from_processes(tensor):
-    """Return a list of what each process gives as `tensor`, all of one shape."""
-    if not dist.is_initialized():
-        return [tensor]
-    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(tensors, tensor)
-    return tensors
+def from_processes(value):
+    """Return a list of what each process gives as `value`; the others wait for it."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def random_state(device):
@@ -258,23 +269,6 @@ def spread(model):
     if dist.is_initialized():
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-
-
-def from_main(value):
-    """Return what the main process gives as `value`; the others wait for it."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
-def gather_bytes(block):
-    """Return a list of the bytes that each process gives, in the main process; elsewhere an empty one."""
-    if not dist.is_initialized():
-        return [block]
-    blocks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(block, blocks)
-    return blocks or []
 
 
 def count(truth, predicted):

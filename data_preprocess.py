@@ -409,7 +409,8 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9):
         fewest=min(sizes), most=max(sizes), without_label=sizes.count(0))
     cut = {f"cut_at_{most}": sum(length + special_tokens > most for length in lengths)
            for most in (max_len, *usual_max_lens)}
-    log("length", max_len=max_len, covers=f"{100 * max_len_ratio:g}%", longest=max(lengths) + special_tokens, **cut)
+    log("length", counted="characters", max_len=max_len, covers=f"{100 * max_len_ratio:g}%",
+        longest=max(lengths) + special_tokens, **cut)
     rare = {label: count for label, count in sorted(counts.items()) if count < rare_below}
     log("rare", labels=len(rare), fewer_than=f"{rare_below}_examples", names=json.dumps(rare, ensure_ascii=False))
     log("wrote", path=label2idx_path)

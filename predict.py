@@ -2,18 +2,17 @@
 
 reads   ./model/       what `python train.py` wrote
         input_path     if it is set: a file of texts, of any size
-writes  output_path    a line for each of its texts: {"text": "...", "label": ["..."], "probability": {"...": 0.9876}}
+writes  output_path    a line for each of its texts: {"text": "...", "label": ["A"], "probability": {"A": 0.9876}}
 run     python predict.py    or, from Python:  from predict import predict;  predict(["...", "..."])
         torchrun --nproc_per_node=4 predict.py      a file on 4 GPUs: the same output
 """
 import functools
-import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -21,8 +20,8 @@ import torch
 from transformers.utils.logging import tqdm
 
 from bert_multilabel_cls import check_max_len, choose_precision, dtypes, gather_probs, load_model
-from data_helper import (by_length, count, gather_bytes, join_processes, label_scores, leave_processes, over_processes,
-                         pad, scores_from, starts_of, tokenize)
+from data_helper import (by_length, count, from_processes, join_processes, label_scores, leave_processes,
+                         over_processes, pad, scores_from, starts_of, tokenize)
 from data_preprocess import (InputError, check_labels, check_number, check_text, check_whole, decode, is_main,
                              label_names, log, log_labels, parse_line, read_lines, run_script, whole_file)
 
@@ -76,8 +75,7 @@ def probs_of(texts, model, tokenizer, done=lambda number: None):
 
     done: is called with the number of texts in each batch.
     """
-    check_numbers()
-    check_max_len(max_len, model.bert.config)
+    check_numbers(model.bert.config)
     for start in range(0, len(texts), sorted_together):
         ids, lengths, _ = tokenize(tokenizer, texts[start:start + sorted_together], max_len, keep_tail)
         batches, starts = by_length(lengths, batch_size), starts_of(lengths)
@@ -106,22 +104,23 @@ def predict_file():
     rank, processes = join_processes(device)
     check_paths()
     model, tokenizer, label2idx = trained_model()
+    check_numbers(model.bert.config)
     limits, labels, begun = thresholds(model.bert.config), label_names(label2idx), time.perf_counter()
+    log("input", path=input_path, device=device, precision=choose_precision(precision, device), processes=processes)
     parse = parse_line if is_jsonl() else parse_plain
     total = check_input(parse, label2idx)
-    log("input", path=input_path, texts=total, device=device, precision=choose_precision(precision, device),
-        processes=processes)
+    log("checked", texts=total)
     counts = torch.zeros(5, len(labels), dtype=torch.int64)
     bar = tqdm(total=total, unit="text", leave=False, disable=None if is_main() else True)
     with bar, whole_output() as file:
-        for lines in portions(parse, rank, processes):
+        for lines in portions(parse, rank, processes, total):
             items, rows = [parse(place, line) for place, line in lines], b""
             for probs in probs_of([item["text"] for item in items], model, tokenizer,  # once; with no items never
                                   lambda number: bar.update(min(number * processes, total - bar.n))):
                 chosen = choose_labels(probs, limits)
                 rows = b"".join(map(row_of, items, pairs_of(probs, chosen, labels)))
                 counts += count_labelled(items, chosen, label2idx)
-            file.writelines(gather_bytes(rows))
+            file.writelines(from_processes(rows))
     report(over_processes(counts), labels)
     seconds = time.perf_counter() - begun
     log("wrote", path=output_path, texts=total, time=f"{seconds:.1f}s", speed=f"{total / seconds:.1f}texts/s")
@@ -132,8 +131,13 @@ def check_paths():
     """Raise InputError unless input_path and output_path are set, to two files."""
     if not input_path or not output_path:
         raise InputError(f"input_path = {input_path!r}, output_path = {output_path!r}: set both, or neither")
-    if os.path.realpath(input_path) == os.path.realpath(output_path):
-        raise InputError(f"output_path = {output_path!r}: is the input; it would be replaced")
+    if os.path.exists(input_path) and not os.path.isfile(input_path):
+        raise InputError(f"input_path = {input_path!r}: is no file; it is read twice, so a pipe will not do")
+    if os.path.isdir(output_path) or not os.path.basename(output_path):
+        raise InputError(f"output_path = {output_path!r}: is a folder; name a file in it")
+    for path in (output_path, f"{output_path}.tmp"):  # the second is written first
+        if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):
+            raise InputError(f"output_path = {output_path!r}: the input would be replaced; set another one")
 
 
 def is_jsonl():
@@ -153,29 +157,36 @@ def check_input(parse, label2idx):
     for total, (place, line) in enumerate(read_lines(input_path, parse is parse_plain), 1):
         item = parse(place, line)
         check_text(place, item)
-        unknown = set(check_labels(place, item)) - set(label2idx) if "label" in item else ()
+        unknown = set(check_labels(place, item)).difference(label2idx) if "label" in item else ()
         if unknown:
             raise InputError(f"{place}: the model does not know the label {min(unknown)!r}; take it out of this line, "
                              'or "label" out of the file: then nothing is measured')
+        for key in {"true", "probability"} & set(item):
+            raise InputError(f'{place}: has the key "{key}", which the output needs for itself; rename it')
     if not total:
         raise InputError(f"{input_path}: no texts")
     return total
 
 
-def portions(parse, rank, processes):
-    """Yield lists of up to sorted_together (place, line) of the input: this process's turns, perhaps empty at last."""
-    lines = read_lines(input_path, parse is parse_plain)
-    while turns := list(islice(lines, sorted_together * processes)):
-        yield turns[rank * sorted_together:][:sorted_together]
+def portions(parse, rank, processes, total):
+    """Yield lists of up to sorted_together (place, line) of the input: this process's turns, perhaps empty at last.
+
+    Raises InputError if the input has not the `total` of lines any more that were checked.
+    """
+    lines = islice(read_lines(input_path, parse is parse_plain), total)
+    for left in range(total, 0, -sorted_together * processes):
+        before = sum(1 for _ in islice(lines, sorted_together * rank))
+        mine = list(islice(lines, sorted_together))
+        after = sum(1 for _ in islice(lines, sorted_together * (processes - rank - 1)))
+        if before + len(mine) + after < min(left, sorted_together * processes):
+            raise InputError(f"{input_path}: has been changed while it was read; run again")
+        yield mine
 
 
 @contextmanager
 def whole_output():
-    """Give the file to write, which becomes `output_path` when all is written; nothing, in all but the main process."""
-    if not is_main():
-        yield io.BytesIO()
-        return
-    with whole_file(output_path) as temporary, open(temporary, "wb") as file:
+    """Give the file to write, which becomes `output_path` when all is written; one that forgets, in other processes."""
+    with whole_file(output_path) if is_main() else nullcontext(os.devnull) as path, open(path, "wb") as file:
         yield file
 
 
@@ -231,8 +242,10 @@ def thresholds(config):
     return threshold
 
 
-def check_numbers():
+def check_numbers(config):
     """Raise InputError if a number among the constants is out of range."""
+    check_max_len(max_len, config)
+    check_number("keep_tail", keep_tail, 0, max_len - 2, whole=True)
     for name, least in (("batch_size", 1), ("sorted_together", 1), ("min_labels", 0)):
         check_number(name, globals()[name], least, whole=True)
     if max_labels is not None:
@@ -242,6 +255,8 @@ def check_numbers():
 def choose_labels(probs, threshold):
     """Return which labels each text gets, (N, C) bool, with `min_labels` and `max_labels` obeyed."""
     above = probs > threshold
+    if not min_labels and max_labels is None:
+        return above
     rank = np.argsort(np.argsort(-(probs + above), axis=1, kind="stable"), axis=1)  # those above come first
     return (above | (rank < min_labels)) & (rank < (probs.shape[1] if max_labels is None else max_labels))
 
@@ -258,8 +273,8 @@ def load_once(save_model_path, label2idx_path, device, mode, written):
     model, tokenizer, label2idx = load_model(save_model_path, label2idx_path)
     cut = getattr(model.bert.config, "trained_cut", [max_len, keep_tail])
     if cut != [max_len, keep_tail] and is_main():
-        print(f"note     max_len = {max_len}, keep_tail = {keep_tail}, but the model was trained with {cut[0]} and {cut[1]}",
-              file=sys.stderr)
+        print(f"note     max_len = {max_len} and keep_tail = {keep_tail}, but training had {cut[0]} and {cut[1]}; set "
+              "these in predict.py too", file=sys.stderr)
     model.bert.to(dtypes[mode])
     return model.to(device), tokenizer, label2idx
 
@@ -268,7 +283,7 @@ def main():
     """Label the file `input_path`; without one, print each of `texts` with its labels and their probabilities."""
     if input_path or output_path:
         return predict_file()
-    for text, pairs in zip(texts, predict_pairs(texts)):
+    for text, pairs in zip(texts, predict_pairs(texts) if is_main() else ()):
         print(text, " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label", sep="\t")
 
 

@@ -7,7 +7,7 @@ writes  ./model/                                  the model of the best epoch: a
         ./model/history.json                      a line an epoch
         ./model/errors.json                       the test texts that came out wrong, a line each
         ./model/training_state.pth                while it runs: all that it needs to go on after a stop
-        ./model/transformers/                     the best model once more, for pipeline("text-classification") and others
+        ./model/transformers/                     the best model once more, as pipeline("text-classification") reads it
         ./model/runs/                             curves for TensorBoard, if it is installed
 run     python train.py
         torchrun --nproc_per_node=4 train.py      on 4 GPUs; batch_size is that of each
@@ -18,7 +18,6 @@ import os
 import sys
 import time
 import zlib
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -33,13 +32,13 @@ import data_helper
 from bert_multilabel_cls import (BertMultiLabelCls, check_max_len, choose_precision, dtypes, export_model, find_encoder,
                                  gather_probs, load_model, load_pretrained, load_state, load_tensors, mixed,
                                  naming_memory, parameter_groups, save_model, save_tensors, set_up, start_at_prior)
-from data_helper import (MultiClsDataSet, all_scores, build_scratch_encoder, by_length, find_errors, from_main,
-                         from_processes, grouped_batches, join_processes, largest, leave_processes, load_batches,
+from data_helper import (MultiClsDataSet, all_scores, build_scratch_encoder, by_length, find_errors, from_processes,
+                         grouped_batches, join_processes, largest, leave_processes, load_batches,
                          over_processes, parts_of_steps, random_state, set_random_state, spread, summary,
                          tune_thresholds)
-from data_preprocess import (InputError, beside, check_number, dump_json, dump_jsonl, file_hash, is_main, label_names,
-                             load_label2idx, log, log_epoch, log_labels, log_scores, noted_signals, read_examples,
-                             refuse_changes, run_script, whole_file)
+from data_preprocess import (InputError, beside, check_number, dump_json, dump_jsonl, file_hash, first_line, is_main,
+                             label_names, load_label2idx, log, log_epoch, log_labels, log_scores, noted_signals,
+                             read_examples, refuse_changes, run_script, whole_file)
 
 # Files. The encoder's name is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -94,16 +93,17 @@ def train():
     """
     check_constants()
     run = prepare()
-    with run.board or nullcontext():
+    try:
         with noted_signals(run.signals):
             while run.epoch < run.epochs and not out_of_patience(run):
                 train_epoch(run)
                 finish_epoch(run)
         report_run(run)
+    finally:
+        on_board(run, lambda board: board.close())
     if is_main():
         os.remove(beside(save_model_path, state_name))
-    run.runner = None
-    leave_processes()
+    leave(run)
 
 
 def train_epoch(run):
@@ -129,7 +129,8 @@ def train_epoch(run):
         run.total_loss += loss.detach() * share
         bar.update(len(batches[run.batch]))
         run.batch += 1
-        if torch.device(device).type == "cpu" or run.batch % 20 == 0 and not bar.disable:  # reading waits for a GPU
+        looked_at = run.board or not bar.disable
+        if torch.device(device).type == "cpu" or looked_at and run.batch % 20 == 0:  # reading a loss waits for a GPU
             bar.set_postfix(loss=f"{check_losses(run):.4f}", refresh=False)
         if last:
             save_if_due(run)
@@ -209,29 +210,42 @@ def open_board(run):
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(os.path.join(runs_path, run.name), purge_step=run.epoch * run.batches + run.batch + 1)
     except ImportError:
         log("note", f"no curves in {runs_path}; for them: pip install tensorboard && tensorboard --logdir {runs_path}")
-        return None
-    return SummaryWriter(os.path.join(runs_path, run.name), purge_step=run.epoch * run.batches + run.batch + 1)
+    except Exception as error:  # an installation that does not fit together, a folder that cannot be written
+        log("note", f"no curves in {runs_path}: {first_line(error)}")
+
+
+def on_board(run, act):
+    """Do `act` with TensorBoard's writer, if there is one: a full disk ends the curves, not the run."""
+    try:
+        if run.board:
+            act(run.board)
+    except OSError as error:
+        log("note", f"no more curves in {runs_path}: {first_line(error)}")
+        run.board = None
 
 
 def draw(run, values, batch=0):
     """Give TensorBoard `values` by name, at the number of batches since the run began."""
-    if run.board:
-        for name, value in values.items():
-            run.board.add_scalar(name, value, run.epoch * run.batches + batch)
+    step = run.epoch * run.batches + batch
+    on_board(run, lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
 
 
 def draw_epoch(run, row, labels, probs):
-    """Give TensorBoard what an epoch brought, and the precision-recall curve over all labels, and over each."""
+    """Give TensorBoard what an epoch brought, with precision-recall curves: of all labels as one, and of each.
+
+    Labels with fewer than `tune_from` examples get none.
+    """
     scores = {f"dev/{name.removeprefix('dev_')}": value for name, value in row.items()
               if name not in ("epoch", "train_loss", "seconds", "saved")}
     draw(run, {**scores, "train/examples_per_second": len(run.train_set) / row["seconds"]})
-    if run.board:
-        step, names = run.epoch * run.batches, label_names(run.dev_set.label2idx)
-        run.board.add_pr_curve("dev/all labels", labels, probs, step)
-        for column, name in enumerate(names):
-            run.board.add_pr_curve(f"dev by label/{name}", labels[:, column], probs[:, column], step)
+    enough, step = (labels.sum(0) >= tune_from).tolist(), run.epoch * run.batches
+    columns = {"dev/all labels": slice(None), **{f"dev by label/{name}": column for column, name in enumerate(
+        label_names(run.dev_set.label2idx)) if enough[column]}}
+    on_board(run, lambda board: [board.add_pr_curve(name, labels[:, column], probs[:, column], step)
+                                 for name, column in columns.items()])
 
 
 def prepare():
@@ -244,7 +258,7 @@ def prepare():
     identity = identify(mode, processes)
     saved = read_state(identity, processes)
     torch.manual_seed(seed)
-    plan = saved["plan"] if saved else from_main(get_encoder() if is_main() else None)
+    plan = saved["plan"] if saved else from_processes(get_encoder() if is_main() else None)[0]
     encoder, encoder_lr, top_lr, total_epochs = plan
     if not os.path.isdir(encoder):
         encoder = bert_multilabel_cls.pretrained_model  # on another machine than the main process's: found by its name
@@ -261,17 +275,14 @@ def prepare():
     warmup = round(warmup_ratio * steps * total_epochs)
     run = SimpleNamespace(
         rank=rank, processes=processes, mode=mode, identity=identity, plan=plan,
-        name=time.strftime("%Y-%m-%d_%H-%M-%S"), epochs=total_epochs, batches=batches, steps=steps, tokenizer=tokenizer, train_set=train_set, dev_set=dev_set, model=model,
+        name=time.strftime("%Y-%m-%d_%H-%M-%S"), epochs=total_epochs, batches=batches, steps=steps,
+        tokenizer=tokenizer, train_set=train_set, dev_set=dev_set, model=model,
         optimizer=optimizer, scheduler=get_linear_schedule_with_warmup(optimizer, warmup, steps * total_epochs),
         scaler=torch.amp.GradScaler(torch.device(device).type, enabled=mode == "fp16"), criterion=nn.BCELoss(),
         epoch=0, batch=0, total_loss=torch.zeros((), device=device), losses=[], loss=0.0, history=[], best=None,
         seconds=0.0, begun=time.perf_counter(), saved_at=time.monotonic(), signals=[])
     torch.manual_seed(seed + rank)  # dropout of its own in each process
-    log("data", **sizes, labels=len(label2idx), max_len=f"{max_len}_tokens", train_texts_cut=train_set.cut)
-    log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
-        device=device, precision=mode, processes=processes)
-    log("plan", epochs=total_epochs, steps_per_epoch=steps, batch_size=batch_size, accumulation=accumulation_steps,
-        lr=encoder_lr, head_lr=top_lr, best_metric=best_metric, seed=seed)
+    log_run(run, sizes, encoder)
     if saved:
         go_on(run, saved)
     if compile_model:
@@ -279,6 +290,15 @@ def prepare():
     run.board = open_board(run)
     run.runner = set_up(model, compile_model, processes)
     return run
+
+
+def log_run(run, sizes, encoder):
+    """Print what is in the data, what model on what machine, and what is about to be done."""
+    log("data", **sizes, labels=run.train_set.class_num, max_len=f"{max_len}_tokens", train_texts_cut=run.train_set.cut)
+    log("model", encoder=encoder, parameters=f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M",
+        device=device, precision=run.mode, processes=run.processes)
+    log("plan", epochs=run.epochs, steps_per_epoch=run.steps, batch_size=batch_size, accumulation=accumulation_steps,
+        lr=run.plan[1], head_lr=run.plan[2], best_metric=best_metric, seed=seed)
 
 
 def constants():
@@ -327,8 +347,7 @@ saved_values = ("identity", "name", "plan", "epoch", "batch", "history", "best",
 def save_state(run):
     """Write all that the run needs to go on from here. All processes call it; the main one writes."""
     check_losses(run)
-    if run.board:
-        run.board.flush()
+    on_board(run, lambda board: board.flush())
     if not torch.stack([parameter.detach().sum() for parameter in run.model.parameters()]).isfinite().all():
         raise InputError(f"the weights are no numbers any more after epoch {run.epoch + 1}, batch {run.batch}, at a "
                          f"learning rate of {run.scheduler.get_last_lr()[0]:.2e}; lower lr and head_lr")
@@ -373,9 +392,14 @@ def stop(run, number):
     """End the run, whose state is saved, after the signal `number`: exit code 128 + number, as a shell has it."""
     log("stopped", f"{'' if resume else 'set resume = True and '}run the same command again to go on;",
         epoch=run.epoch + 1, batch=run.batch, saved=beside(save_model_path, state_name))
+    leave(run)
+    sys.exit(128 + number)
+
+
+def leave(run):
+    """Part with the other processes; see leave_processes for why DistributedDataParallel has to go first."""
     run.runner = None
     leave_processes()
-    sys.exit(128 + number)
 
 
 def check_constants():
@@ -388,6 +412,12 @@ def check_constants():
     for (least, most, whole), names in ranges.items():
         for name in names:
             check_number(name, globals()[name], least, most, whole)
+    check_number("max_len", max_len, 3, whole=True)
+    check_number("keep_tail", keep_tail, 0, max_len - 2, whole=True)
+    taken = (beside(save_model_path, ""), scratch_path, bert_multilabel_cls.pretrained_model)
+    if export_path and os.path.realpath(export_path) in map(os.path.realpath, taken):
+        raise InputError(f"export_path = {export_path!r}: holds the encoder, or what training writes besides; set "
+                         "another folder")
 
 
 def get_encoder():
@@ -436,9 +466,6 @@ def evaluate(model, dataset, criterion, mode):
         order = [index for batch in batches for index in batch]
         probs[order] = gather_probs(model, load_batches(dataset, batches, device), mode)[0]
     over_processes(probs)
-    if not probs.isfinite().all():
-        raise InputError("the network gives no numbers any more; lower lr and head_lr, raise warmup_ratio, or set "
-                         'precision = "fp32"')
     return criterion(probs, dataset.labels).item(), probs
 
 
@@ -484,6 +511,7 @@ def report_run(run):
     run.model.bert.config.thresholds = best["thresholds"]
     if export_path and is_main():
         export_model(run.model, run.tokenizer, run.dev_set.label2idx, export_path, max_len)
+        log("wrote", path=export_path)
     test_scores, errors = measure(run.model, run.tokenizer, run.dev_set.label2idx, test_path)
     if not is_main():
         return

@@ -234,6 +234,9 @@ def test_the_exported_folder_gives_a_pipeline_our_probabilities(trained):
     texts = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨", "up ups a"]
     label = pipeline("text-classification", model="./model/transformers", top_k=None, function_to_apply="sigmoid")
     found = [{row["label"]: row["score"] for row in rows} for rows in label(texts, batch_size=3)]
+    assert [sorted(row["label"] for row in rows) for rows in label(texts)] == [sorted(row) for row in found]
+    by_itself = pipeline("text-classification", model="./model/transformers", top_k=None)  # problem_type says sigmoid
+    assert [{row["label"]: pytest.approx(row["score"], abs=1e-6) for row in rows} for rows in by_itself(texts)] == found
     names = label_names(predict.trained_model()[2])
     np.testing.assert_allclose([[row[name] for name in names] for row in found], predict.predict_proba(texts), atol=1e-5, rtol=0)
     [cut] = label("中超" * 100, truncation=True)  # at max_len of the run, as predict does with the same constant
@@ -265,10 +268,14 @@ def test_the_exported_folder_is_a_model_to_load_predict_and_train_from(trained, 
     assert predict.predict(texts) == [["中超", "体育"], ["股市", "财经"]]
     assert predict.trained_model()[0].bert.config.thresholds == thresholds != {}
     monkeypatch.setattr(ours, "pretrained_model", "./model/transformers")
+    with pytest.raises(InputError, match="export_path = './model/transformers': holds the encoder"):
+        train.train()
+    monkeypatch.setattr(train, "export_path", "./model/again")
     monkeypatch.setattr(train, "lr", 0.0)
+    monkeypatch.setattr(train, "head_lr", 0.0)
     train.train()
     retrained, exported = (ours.load_model(path)[0] for path in ("./model/multi_label_cls.pth", "./model/transformers"))
-    torch.testing.assert_close(retrained.state_dict(), exported.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(retrained.bert.state_dict(), exported.bert.state_dict(), atol=0, rtol=0)
 
 
 def trained_elsewhere(folder, encoder_folder, **changes):
@@ -291,6 +298,21 @@ def test_what_was_trained_elsewhere_predicts_here(tmp_path, encoder_folder, inpu
     assert label2idx == LABELS and model.fc.weight.dtype == torch.float32 and model.bert.config.thresholds == {}
 
 
+@pytest.mark.parametrize("says", [dict(id2label={1: "a", 0: "b"}), dict(id2label={0: "b", 1: "a"}, label2id=None)])
+def test_the_labels_of_a_folder_are_those_that_a_pipeline_gives(tmp_path, encoder_folder, says):
+    trained_elsewhere(tmp_path, encoder_folder)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    BertForSequenceClassification(BertConfig.from_pretrained(encoder_folder, num_labels=2)).save_pretrained(tmp_path)
+    dump_json({**config, **{"label2id": {"LABEL_0": 0, "LABEL_1": 1}}, **says}, str(tmp_path / "config.json"))
+    assert ours.load_model(str(tmp_path))[2] == {"b": 0, "a": 1}
+
+
+def test_the_tokenizer_of_a_trained_folder_is_taken_as_it_is(tmp_path, encoder_folder):
+    trained_elsewhere(tmp_path, encoder_folder)
+    BertTokenizer(vocab={token: n for n, token in enumerate(TOKENS)}, do_lower_case=False).save_pretrained(tmp_path)
+    assert ours.load_model(str(tmp_path))[1].tokenize("A a") == ["[UNK]", "a"]
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda folder, encoder: trained_elsewhere(folder, encoder, problem_type="single_label_classification"),
      "its problem_type is 'single_label_classification'"),
@@ -307,7 +329,7 @@ def test_a_folder_that_holds_no_such_model_is_one_sentence(tmp_path, encoder_fol
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("killed_at", range(4))
+@pytest.mark.parametrize("killed_at", range(8))  # of four files, each is put in place in two steps
 def test_an_export_that_is_killed_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, model, tokenizer, inputs, killed_at):
     """Of two models with the same sizes; a note that somebody put into the folder stays."""
     ours.export_model(model, tokenizer, LABELS, str(tmp_path), 16)
@@ -326,6 +348,7 @@ def test_an_export_that_is_killed_leaves_no_mixture_of_two_models(tmp_path, monk
         ours.export_model(model, tokenizer, dict(zip(reversed(LABELS), range(3))), str(tmp_path), 16)
     with pytest.raises(InputError, match="config.json: No such file"):
         ours.load_model(str(tmp_path))
+    assert len(replaced) == killed_at
     ours.export_model(model, tokenizer, LABELS, str(tmp_path), 16)
     after = ours.load_model(str(tmp_path))[0](*inputs)
     assert torch.equal(after, model(*inputs)) and not torch.equal(after, before)
@@ -334,7 +357,9 @@ def test_an_export_that_is_killed_leaves_no_mixture_of_two_models(tmp_path, monk
 
 
 @pytest.mark.parametrize("words, says, cased", [
-    (["nba", "<S>"], False, False), (["nba"], None, False), (["NBA", "nba"], None, True), (["NBA"], True, True)])
+    (["nba", "<S>"], False, False), (["nba"], None, False), (["NBA", "nba"], None, True), (["NBA"], True, True),
+    (["nba", "X", *(f"##{a}{b}" for a in "abcdefghijkl" for b in "abcdefghijkl")], False, False),  # one in 150 was added
+    (["NBA", *"ABC", *map(chr, range(0x4e00, 0x5200))], None, True)])  # few, but all letters are capitals
 def test_the_vocabulary_decides_about_capitals(tmp_path, encoder_folder, words, says, cased):
     shutil.copy(f"{encoder_folder}/config.json", tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join([*TOKENS, *words]), encoding="utf-8")

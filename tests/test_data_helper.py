@@ -95,7 +95,7 @@ def test_odd_texts_are_encoded(tokenizer, text):
 @pytest.mark.parametrize("chunk", [1, 2, 6, 1000])
 def test_tokens_are_those_of_the_tokenizer_in_any_chunks(tokenizer, monkeypatch, chunk):
     monkeypatch.setattr(data_helper, "chunk_texts", chunk)
-    texts = [text for text, _ in EXAMPLES]
+    texts = [text for text, _ in EXAMPLES] + ["中" * 5000]  # with which a chunk of 1 or 2 is full
     ids, lengths, _ = data_helper.tokenize(tokenizer, (text for text in texts), 7)
     expected = tokenizer(texts, padding=True, truncation=True, max_length=7, return_tensors="pt")
     found = data_helper.pad(ids, data_helper.starts_of(lengths), lengths, tokenizer.pad_token_id)

@@ -276,7 +276,10 @@ def test_an_unlabelled_file_is_not_measured(trained, monkeypatch, capsys):
     (b'{"text": "a"}\n{"text"', "in.json", "in.json:2: not JSON"),
     ("中超".encode("gbk"), "in.txt", "in.txt:1: not UTF-8, probably GBK"),
     (b"", "in.json", "in.json: no texts"),
-    (b"a", "out/labels.json", "is the input"),
+    (b"a", "out/labels.json", "the input would be replaced"),
+    (b"a", "out/labels.json.tmp", "the input would be replaced"),
+    (b'{"text": "a", "true": []}', "in.json", 'in.json:1: has the key "true"'),
+    (b'{"text": "a", "probability": 1}', "in.json", 'in.json:1: has the key "probability"'),
 ])
 def test_a_fault_in_a_file_is_said_before_anything_is_computed(trained, monkeypatch, content, name, message):
     os.mkdir("out")
@@ -284,15 +287,47 @@ def test_a_fault_in_a_file_is_said_before_anything_is_computed(trained, monkeypa
     monkeypatch.setattr(predict, "gather_probs", lambda *_: pytest.fail("computed"))
     with pytest.raises(InputError, match=message):
         label_file(monkeypatch, content, name)
-    assert Path("out/labels.json").read_bytes() == (content if name.startswith("out") else b"before")
+    assert Path(name).read_bytes() == content and (name == "out/labels.json" or Path("out/labels.json").read_text() == "before")
 
 
-@pytest.mark.parametrize("paths", [dict(input_path="a.json"), dict(output_path="b.json")])
-def test_one_path_alone_is_an_error(trained, monkeypatch, paths):
-    for name, value in paths.items():
+@pytest.mark.parametrize("constants, message", [
+    (dict(output_path=""), "input_path = .*, output_path = .*: set both, or neither"),
+    (dict(input_path=""), "input_path = .*, output_path = .*: set both, or neither"),
+    (dict(output_path="data"), "output_path = 'data': is a folder"), (dict(output_path="out/"), "is a folder"),
+    (dict(input_path="data"), "input_path = 'data': is no file"), (dict(input_path="none.json"), "none.json: No such file"),
+    (dict(sorted_together=0), "sorted_together = 0"), (dict(max_len=999), "max_len = 999"), (dict(keep_tail=-1), "keep_tail = -1"),
+])
+def test_a_constant_that_cannot_be_is_said_before_anything_is_computed(trained, monkeypatch, constants, message):
+    monkeypatch.setattr(predict, "gather_probs", lambda *_: pytest.fail("computed"))
+    dump_jsonl([{"text": "a"}], "in.json")
+    for name, value in (dict(input_path="in.json", output_path="out.json") | constants).items():
         monkeypatch.setattr(predict, name, value)
-    with pytest.raises(InputError, match="input_path = .*, output_path = .*: set both, or neither"):
+    with pytest.raises(InputError, match=message):
         predict.main()
+    assert not os.path.exists("out.json")
+
+
+@pytest.mark.parametrize("lines, message", [(9, None), (3, "in.json: has been changed while it was read")])
+def test_an_input_that_changes_is_not_taken_for_the_one_that_was_checked(trained, monkeypatch, lines, message):
+    """What was added is left for the next time; what is missing is an error."""
+    def check(*given, real=predict.check_input):
+        total = real(*given)
+        dump_jsonl([{"text": "今日"}] * lines, "in.json")
+        return total
+    monkeypatch.setattr(predict, "check_input", check)
+    if message is None:
+        assert len(label_file(monkeypatch, [{"text": "今日"}] * 6, sorted_together=2)) == 6
+    else:
+        with pytest.raises(InputError, match=message):
+            label_file(monkeypatch, [{"text": "今日"}] * 6, sorted_together=2)
+        assert not os.path.exists("out/labels.json")
+
+
+def test_probabilities_that_are_no_numbers_are_an_error(trained, monkeypatch):
+    torch.nn.init.constant_(predict.trained_model()[0].fc.weight, float("nan"))
+    with pytest.raises(InputError, match="the network gives no numbers any more"):
+        label_file(monkeypatch, [{"text": "今日"}])
+    predict.load_once.cache_clear()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), KeyboardInterrupt("^C"), InputError("out of memory")])
@@ -335,7 +370,8 @@ def test_keep_tail_is_obeyed(trained, monkeypatch):
 
 def test_texts_cut_otherwise_than_in_training_are_a_note(trained, monkeypatch, capsys):
     predict.predict(["中"])
-    assert capsys.readouterr() == ("", "note     max_len = 128, keep_tail = 0, but the model was trained with 16 and 0\n")
+    assert capsys.readouterr() == ("", "note     max_len = 128 and keep_tail = 0, but training had 16 and 0; set these in "
+                                        "predict.py too\n")
     monkeypatch.setattr(predict, "max_len", 16)
     predict.load_once.cache_clear()
     predict.predict(["中"])
@@ -349,7 +385,7 @@ predict.run_script(predict.main)
 """
 
 
-def test_processes_of_torchrun_write_the_same_bytes(trained):
+def test_processes_of_torchrun_write_the_same_bytes(trained, monkeypatch):
     """60 texts in portions of 8: in the last round the second process has part of one, and the third none."""
     chance = np.random.default_rng(0)
     lengths = chance.integers(1, 30, 60)
@@ -357,6 +393,7 @@ def test_processes_of_torchrun_write_the_same_bytes(trained):
                "in.json")
     outputs, scores = [], []
     for processes in (1, 3):
+        monkeypatch.setenv("OMP_NUM_THREADS", "2" if processes == 1 else "1")  # torchrun gives each process one thread
         code, out, err = finish(start(LABEL, processes))
         assert code == 0, err
         outputs.append(Path("out/labels.json").read_bytes())

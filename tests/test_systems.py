@@ -11,7 +11,8 @@ from data_preprocess import load_json
 
 AS_ON_WINDOWS = """
 import ctypes, os, signal, sys
-import data_preprocess, predict, train, bert_multilabel_cls
+import sklearn.metrics, torch.distributed.nn, torch.utils.data, transformers.models.bert.modeling_bert
+from transformers import BertForSequenceClassification, BertTokenizer, trainer_pt_utils
 for module, names in ((signal, ("SIGTERM", "SIGKILL", "SIGHUP", "SIGALRM", "setitimer", "pthread_kill")),
                       (os, ("fork", "posix_spawn", "kill", "sched_getaffinity", "mkfifo", "geteuid", "link"))):
     for name in names:
@@ -21,6 +22,7 @@ sys.modules.update(dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios", 
 def no_library(name):
     raise TypeError("Windows wants the name of a library")
 ctypes.CDLL = no_library
+import data_preprocess, predict, train, bert_multilabel_cls
 
 def unless_open(real):
     def call(path, *more, **options):
@@ -39,10 +41,10 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks 
 
 @linux
 def test_preprocessing_training_and_prediction_do_without_what_only_linux_has(project, encoder_folder):
-    """Trained twice, so that each file is replaced, the second time from the exported folder onto itself."""
+    """Trained twice, so that each file is replaced, the second time while the model that was exported is in use."""
     Path("texts.txt").write_text("中超开赛\n股市大涨\n", encoding="utf-8")
     run = AS_ON_WINDOWS + "data_preprocess.run_script(data_preprocess.main)\n" + script(encoder_folder) + """
-bert_multilabel_cls.pretrained_model = predict.save_model_path = "./model/transformers"
+predict.save_model_path = "./model/transformers"
 for name, value in dict(device="cpu", input_path="texts.txt", output_path="out.json").items():
     setattr(predict, name, value)
 train.run_script(predict.main)
@@ -65,14 +67,15 @@ def test_no_file_is_read_or_written_in_the_encoding_of_the_system(trained):
     """Which is GBK on a Chinese Windows."""
     Path("in.json").write_text('{"text": "中超"}', encoding="utf-8")
     strict = [f"-Werror::EncodingWarning:{path.stem}" for path in root.glob("*.py")]
-    code = """import data_preprocess, train, predict
+    code = """import bert_multilabel_cls, data_preprocess, train, predict
 data_preprocess.main()
 for module in (train, predict):
     module.device, module.precision = "cpu", "fp32"
-train.test("./model/multi_label_cls.pth", "./data/test.json")
+train.epochs, train.max_len, train.runs_path = 1, 16, ""
+bert_multilabel_cls.pretrained_model, train.export_path = "./model/transformers", "./model/again"
+train.train()
 predict.input_path, predict.output_path = "in.json", "out.json"
 predict.main()
-train.dump_jsonl([{}], "a"), train.dump_json({}, "b")
 """
     run = subprocess.run([sys.executable, "-X", "warn_default_encoding", *strict, "-c", code], encoding="utf-8",
                          env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
