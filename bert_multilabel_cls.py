@@ -168,7 +168,8 @@ def locally():
 def load_pretrained(part, name, trained=False):
     """Return `part.from_pretrained` of an encoder; `part` is BertModel (given in float32), BertTokenizer or BertConfig.
 
-    trained: whether it is a trained model's: then its tokenizer says itself whether it puts texts in lower case.
+    trained: whether for a trained model: then the tokenizer says itself whether it puts texts in lower case, as it
+    did in that training, the article's too.
     Raises InputError, within `hub_seconds` if there is no network, if it cannot be had or is not a BERT.
     """
     folder, tried = find_encoder(name)
@@ -348,7 +349,7 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     encoder = folder if complete else pretrained_model
     config = load_pretrained(BertConfig, encoder)
     config.thresholds = tuned
-    tokenizer = load_pretrained(BertTokenizer, encoder, trained=complete)
+    tokenizer = load_pretrained(BertTokenizer, encoder, trained=True)
     if complete:
         label2idx = {label: column for column, label in config.id2label.items()}
     else:

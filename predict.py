@@ -142,7 +142,7 @@ def check_paths():
 
 def is_jsonl():
     """Return whether `input_path` is JSONL: by its name, or because its first line starts as an object does."""
-    return input_path.endswith((".json", ".jsonl")) or any(
+    return input_path.lower().endswith((".json", ".jsonl")) or any(
         line.lstrip().startswith(b"{") for _, line in islice(read_lines(input_path), 1))
 
 
