@@ -157,8 +157,8 @@ class Bench:
     def train_this_project(self, data="train.json"):
         """`train.train()` as it is; its own clock stops before it measures dev."""
         constants = dict(train_path=data, dev_path="dev.json", test_path="test.json", label2idx_path="label2idx.json",
-                         save_model_path="./ours/multi_label_cls.pth", batch_size=self.batch_size, epochs=1,
-                         max_len=max_len, compile_model=self.compiled)
+                         save_model_path="./ours/multi_label_cls.pth", export_path="", runs_path="",
+                         batch_size=self.batch_size, epochs=1, max_len=max_len, compile_model=self.compiled)
         for name, value in constants.items():
             setattr(train, name, value)
         bert_multilabel_cls.pretrained_model = "./encoder"
