@@ -242,7 +242,7 @@ def largest(number):
 
 
 def from_processes(value):
-    """Return a list of what each process gives as `value`; the others wait for it."""
+    """Return a list of what each process gives as `value`; each waits for all."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
@@ -311,9 +311,9 @@ def summary(labels, probs, threshold=0.5):
 
 def all_scores(labels, probs, names, thresholds):
     """Return {"at_0.5": scores, "by_label": {name: scores at 0.5}} and one more for each of the tuned `thresholds`."""
+    counts = count(labels > 0.5, probs > 0.5)
     tuned = {f"at_{kind}": summary(labels, probs, torch.tensor(value)) for kind, value in thresholds.items()}
-    return {"at_0.5": summary(labels, probs), **tuned,
-            "by_label": label_scores(count(labels > 0.5, probs > 0.5), names)}
+    return {"at_0.5": scores_from(counts), **tuned, "by_label": label_scores(counts, names)}
 
 
 def tune_thresholds(labels, probs, tune_from):
