@@ -1,8 +1,10 @@
-"""Text and labels to tensors, tensors to batches, probabilities to scores; a small encoder from texts alone.
+"""Texts to tensors, tensors to batches, probabilities to scores; processes; a small encoder from scratch.
 
-reads   a data file, one object a line: {"text": "...", "label": ["...", ...]}
+reads   a data file, one example a line: {"text": "...", "label": ["...", ...]}
 run     python data_helper.py    prints the tensors of ./data/train.json
 """
+
+import atexit
 import gc
 import os
 import re
@@ -12,237 +14,321 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AddedToken, BertConfig, BertModel, BertTokenizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
-from bert_multilabel_cls import save_pretrained_whole
-from data_preprocess import (InputError, check_number, chinese, chinese_pieces, count_processes, load_label2idx,
-                             most_common, read_examples, run_script)
+from bert_multilabel_cls import check_truncation, load_pretrained, offline
+from data_preprocess import InputError, atomic_folder, get_world_size, is_main_process, load_label2idx
+from data_preprocess import read_examples, run_script
 
-chunk_texts = 1000  # texts that are tokenized at a time
-looked_at = 1000  # characters of a text for each token that is kept: a text of 10 MB need not be tokenized whole
-mega_batches = 50  # so many batches of texts drawn at random are sorted by length among themselves
+tokenize_chunk_size = 1000  # texts tokenized at a time
+max_chars_per_token = 1000  # characters read for each token kept: no need to tokenize 10 MB for one text
+mega_batch_mult = 50  # batches whose texts are drawn at random and then sorted by length
 
-# The small BERT from scratch, which train.py makes where the shipped encoder cannot be had.
+# The small BERT that train.py trains from scratch if bert-base-chinese is missing.
 scratch_config = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
-scratch_characters = 512  # of each text
-scratch_window = 5  # tokens at most this far apart count as neighbours
-scratch_texts = 20_000  # vocabulary and neighbours are counted on about this many texts
+scratch_vocab_size = 4000  # at most so many words, and so many Chinese n-grams
+scratch_min_freq = 4  # of each of these in the texts
+scratch_texts = 20_000  # about so many texts are counted,
+scratch_max_chars = 512  # each up to this length
+scratch_window = 5  # tokens at most this far apart are neighbours
+cjk_pattern = "[\u3400-\u9fff]"  # a Chinese character
 
 
 class MultiClsDataSet(Dataset):
-    """The examples of one data file; N texts, T tokens of the longest text, C labels.
+    """The tokenized examples of a data file: N texts, T tokens of the longest text, C labels.
 
     input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1.
-    An item is (input_ids, attention_mask, token_type_ids, labels): note that mask and types stand in
-    the order in which the network takes them, the other way round than `encoder` returns them.
-    An index may also be a list: then an item is a whole batch, cut to its own longest text.
-
-    Kept are the ids alone, end to end, four bytes each, and a byte for each label of a text; the four
-    tensors are made anew whenever they are asked for. lengths: (N,) tokens. cut: how many texts were longer.
-    tokenizer: else that of `pretrained_model`. label2idx: else what is in `label2idx_path`.
-    keep_tail: of a longer text, so many tokens are from its end.
-    Raises InputError naming file and line for an example that is not valid.
+    An item is (input_ids, attention_mask, token_type_ids, labels); note that `encoder` returns mask and types
+    the other way round. With a list as index an item is a batch, padded to its own longest text.
+    tokenizer: by default of `pretrained_model`. label2idx: by default read from label2idx_path. keep_tail:
+    tokens kept from the end of a truncated text. examples: (text, labels) pairs to use in place of a file.
+    Stored are the ids, 4 bytes a token, and 1 byte a label of a text. lengths: (N,) tokens.
+    Raises InputError naming file and line if an example is invalid.
     """
 
-    def __init__(self, data_path, max_len=128, label2idx_path="./data/label2idx.json", tokenizer=None, label2idx=None,
-                 keep_tail=0):
+    def __init__(
+        self,
+        data_path,
+        max_len=128,
+        label2idx_path="./data/label2idx.json",
+        tokenizer=None,
+        label2idx=None,
+        keep_tail=0,
+        examples=None,
+    ):
         self.label2idx = load_label2idx(label2idx_path) if label2idx is None else label2idx
         self.class_num = len(self.label2idx)
-        if tokenizer is None:
-            tokenizer = bert_multilabel_cls.load_pretrained(BertTokenizer, bert_multilabel_cls.pretrained_model)
-        self.tokenizer = tokenizer
-        self.max_len, self.keep_tail = max_len, keep_tail
-        self.round_to = 1  # batches are cut to a multiple of so many tokens, for fewer different lengths
-        self.ids, self.lengths, self.cut, self.targets = self.read(data_path)
-        self.starts, self.longest = starts_of(self.lengths), int(self.lengths.max())
+        self.tokenizer = tokenizer or load_pretrained(BertTokenizer, bert_multilabel_cls.pretrained_model)
+        self.max_len, self.keep_tail, self.pad_to_multiple_of = max_len, keep_tail, 1
+        self.ids, self.lengths, self.num_truncated, self.targets = self.encode_file(data_path, examples)
+        self.offsets = self.lengths.cumsum(0) - self.lengths
 
     input_ids = property(lambda self: self[:][0])
     attention_mask = property(lambda self: self[:][1])
     token_type_ids = property(lambda self: self[:][2])
     labels = property(lambda self: self.targets.float())
 
-    def read(self, data_path):
-        """Return (ids, lengths, cut, targets) of a data file: the first three as `tokenize` does; (N, C) uint8.
-
-        The file is never held as text: the arrays grow in place, a chunk of texts at a time.
-        """
-        targets = bytearray()
-
-        def texts():
-            """Yield each text; its row of labels goes to `targets`."""
-            for text, names in read_examples(data_path, self.label2idx):
-                row = bytearray(self.class_num)
-                for name in names:
-                    row[self.label2idx[name]] = 1
-                targets.extend(row)
-                yield text
-        ids, lengths, cut = tokenize(self.tokenizer, texts(), self.max_len, self.keep_tail)
-        return ids, lengths, cut, torch.frombuffer(targets, dtype=torch.uint8).view(-1, self.class_num)
-
     def encoder(self, data_path):
         """Return (input_ids, token_type_ids, attention_mask, labels) of a data file."""
-        ids, lengths, _, targets = self.read(data_path)
-        pad_id = self.tokenizer.pad_token_id
-        input_ids, attention_mask, token_type_ids = pad(ids, starts_of(lengths), lengths, pad_id)
-        return input_ids, token_type_ids, attention_mask, targets.float()
+        other = MultiClsDataSet(data_path, self.max_len, None, self.tokenizer, self.label2idx, self.keep_tail)
+        return other.input_ids, other.token_type_ids, other.attention_mask, other.labels
+
+    def encode_file(self, data_path, examples=None):
+        """Return (ids, lengths, num_truncated) as `tokenize` does, and labels (N, C) uint8."""
+        targets = bytearray()
+
+        def iter_texts():
+            """Yield each text after adding its row of labels: no file is held in memory."""
+            for text, labels in read_examples(data_path, self.label2idx) if examples is None else examples:
+                row = bytearray(self.class_num)
+                for label in labels:
+                    row[self.label2idx[label]] = 1
+                targets.extend(row)
+                yield text
+
+        encoded = tokenize(self.tokenizer, iter_texts(), self.max_len, self.keep_tail)
+        return *encoded, torch.frombuffer(targets, dtype=torch.uint8).view(-1, self.class_num)
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, item):
-        longest = self.longest
+        longest, multiple = int(self.lengths.max()), self.pad_to_multiple_of
         if isinstance(item, list):
-            longest = min(-int(-self.lengths[item].max() // self.round_to) * self.round_to, self.max_len)
-        tensors = pad(self.ids, self.starts[item], self.lengths[item], self.tokenizer.pad_token_id, longest)
+            longest = min(-int(-self.lengths[item].max() // multiple) * multiple, self.max_len)
+        pad_token_id = self.tokenizer.pad_token_id
+        tensors = pad_batch(self.ids, self.offsets[item], self.lengths[item], longest, pad_token_id)
         return *tensors, self.targets[item].float()
 
 
 def tokenize(tokenizer, texts, max_len, keep_tail=0):
-    """Return (ids, lengths, cut) of texts: int32, the tokens of all end to end; (N,) int64; how many texts were cut.
+    """Return (ids, lengths, num_truncated): int32, the tokens of all texts end to end; (N,) int64; an int.
 
-    At most max_len tokens of a text are kept, [CLS] and [SEP] among them. Of a longer one it is the start; with
-    keep_tail start and end, which Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?" (arXiv
-    1905.05583, section 5.3.1) found best:
-
-        [CLS] start … start end … end [SEP]     so many tokens of the end, the rest of the start
+    Of a text longer than max_len tokens the first ones are kept, with keep_tail also so many of the last ones
+    (Sun et al. 2019, arXiv 1905.05583, section 5.3.1: head and tail is best).
     """
-    check_number("max_len", max_len, 3, whole=True)
-    check_number("keep_tail", keep_tail, 0, max_len - 2, whole=True)
-    check_number("chunk_texts", chunk_texts, 1, whole=True)
-    ids, lengths, cut = array("i"), array("q"), 0
-    backend = tokenizer.backend_tokenizer  # without the lists that the tokenizer makes of all it returns
+    check_truncation(max_len, keep_tail)
+    ids, lengths, num_truncated = array("i"), array("q"), 0
+    backend = tokenizer.backend_tokenizer  # the tokenizer itself would convert everything to lists
     backend.no_truncation()
     backend.no_padding()
-    head, tail = max_len * looked_at, keep_tail * looked_at  # characters
-    seen = (text if len(text) <= head + tail else text[:head] + text[len(text) - tail:] for text in texts)
-    while some := chunk_of(seen):
-        for encoding in backend.encode_batch_fast(some):
+    head, tail = max_len * max_chars_per_token, keep_tail * max_chars_per_token
+    texts = (text if len(text) <= head + tail else text[:head] + text[len(text) - tail :] for text in texts)
+    while chunk := next_chunk(texts):
+        for encoding in backend.encode_batch_fast(chunk):
             kept = encoding.ids
             if len(kept) > max_len:
-                kept = kept[:max_len - keep_tail - 1] + kept[-keep_tail - 1:]
-                cut += 1
+                kept = kept[: max_len - keep_tail - 1] + kept[-keep_tail - 1 :]
+                num_truncated += 1
             ids.extend(kept)
             lengths.append(len(kept))
-    return torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64), cut
+    ids, lengths = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
+    return ids, lengths, num_truncated
 
 
-def chunk_of(texts):
-    """Return the next texts of an iterator as a list: chunk_texts of them, or fewer long ones."""
-    some, characters = [], 0
+def next_chunk(texts):
+    """Return the next tokenize_chunk_size texts of an iterator, or fewer if they are long."""
+    chunk, characters = [], 0
     for text in texts:
-        some.append(text)
+        chunk.append(text)
         characters += len(text)
-        if len(some) == chunk_texts or characters > 1000 * chunk_texts:  # encodings take 100 bytes a token
+        if len(chunk) == tokenize_chunk_size or characters > 1000 * tokenize_chunk_size:
             break
-    return some
+    return chunk
 
 
-def starts_of(lengths):
-    """Return where each text begins among ids end to end."""
-    return lengths.cumsum(0) - lengths
+def pad_batch(ids, offsets, lengths, max_length, pad_token_id):
+    """Return (input_ids, attention_mask, token_type_ids), each (B, max_length) int64, in one index operation.
 
-
-def pad(ids, starts, lengths, pad_id, longest=None):
-    """Return (input_ids, attention_mask, token_type_ids), each (B, T) int64, of the texts at `starts` in `ids`.
-
-    T is the longest text's number of tokens, or `longest`. One index operation, whatever B is:
-
-        text      [CLS] 中 超 开 赛 [SEP] [PAD] [PAD]
-        mask        1   1  1  1  1    1     0     0
-        types       0   0  0  0  0    0     0     0
+    text      [CLS] 中 超 开 赛 [SEP] [PAD] [PAD]
+    mask        1   1  1  1  1    1     0     0
+    types       0   0  0  0  0    0     0     0
     """
-    columns = torch.arange(longest or int(lengths.max()))
+    columns = torch.arange(max_length)
     mask = columns < lengths[..., None]
-    tokens = ids[(starts[..., None] + columns).clamp(max=len(ids) - 1)]
-    return tokens.long().masked_fill(~mask, pad_id), mask.long(), torch.zeros_like(mask, dtype=torch.int64)
+    input_ids = ids[(offsets[..., None] + columns).clamp(max=len(ids) - 1)].long()
+    return input_ids.masked_fill(~mask, pad_token_id), mask.long(), torch.zeros_like(input_ids)
 
 
-def by_length(lengths, batch_size):
-    """Return all indices as lists of at most `batch_size`, longest texts first: memory runs out early or not at all."""
-    return [batch.tolist() for batch in lengths.argsort(descending=True, stable=True).split(batch_size)]
+class GroupedBatchSampler(Sampler):
+    """Lists of indices: texts of similar length share a batch, batches come in random order.
 
-
-def grouped_batches(lengths, batch_size, seed):
-    """Return all indices as lists of `batch_size`, texts of similar length together, lists in random order."""
-    check_number("mega_batches", mega_batches, 1, whole=True)
-    generator = torch.Generator().manual_seed(seed)
-    indices = get_length_grouped_indices(lengths.tolist(), batch_size, mega_batches, generator)
-    batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
-def parts_of_steps(batches, accumulation_steps, rank, processes):
-    """Yield for each batch (indices, share, last): what process `rank` of `processes` takes of it.
-
-    share: the weight of the mean loss over these texts. Gradients are averaged over the processes
-    and added up over the batches of a step: with it a step follows the mean over all its texts,
-    also where the last batch, or the last step, is not full.
-    last: whether the optimizer steps after this batch.
+    batch_size: texts per process; each process yields its own part of every batch. Call set_epoch first.
     """
-    for start in range(0, len(batches), accumulation_steps):
-        step = batches[start:start + accumulation_steps]
-        texts = sum(map(len, step))
-        for number, batch in enumerate(step, 1):
-            part = batch[rank::processes]
-            # With fewer texts than processes, who gets none computes one for nothing: all must take part.
-            yield part or batch[:1], len(part) * processes / texts, number == len(step)
+
+    def __init__(self, dataset, batch_size, accumulation_steps=1, seed=0, rank=0, world_size=1):
+        self.lengths, self.batch_size = dataset.lengths.tolist(), batch_size * world_size
+        self.accumulation_steps, self.seed = accumulation_steps, seed
+        self.rank, self.world_size = rank, world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, first_batch=0):
+        """Draw the batches of an epoch; a resumed run skips those before first_batch."""
+        generator = torch.Generator().manual_seed(self.seed + epoch + 1)
+        indices = get_length_grouped_indices(self.lengths, self.batch_size, mega_batch_mult, generator)
+        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        self.batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        self.first_batch = first_batch
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches[self.first_batch :]:
+            yield batch[self.rank :: self.world_size] or batch[:1]  # idle ranks compute a dummy batch
+
+    def loss_weight(self, i):
+        """Return the weight of batch i's mean loss that makes an optimizer step the mean over its texts."""
+        first = i - i % self.accumulation_steps
+        texts_in_step = sum(map(len, self.batches[first : first + self.accumulation_steps]))
+        return len(self.batches[i][self.rank :: self.world_size]) * self.world_size / texts_in_step
 
 
-def load_batches(dataset, batches, device="cpu"):
-    """Yield the items of `dataset` at the given lists of indices; for a GPU in pinned memory, which copies faster."""
-    for batch in batches:
-        tensors = dataset[batch]
-        yield tuple(tensor.pin_memory() for tensor in tensors) if torch.device(device).type == "cuda" else tensors
+def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
+    """Return a DataLoader over batches sorted by length, of which each process gets its share."""
+    batches = dataset.lengths.argsort(descending=True, stable=True).split(batch_size)  # OOM at once, or never
+    batches = [batch.tolist() for batch in batches][rank::world_size]
+    return DataLoader(dataset, batch_size=None, sampler=batches, pin_memory=str(device).startswith("cuda"))
 
 
-def join_processes(device):
-    """Join the processes that torchrun started, one a GPU or share of the CPU; return (rank, processes).
+def restore_order(rows, dataloader):
+    """Return rows (N, C) in the order of an eval_dataloader's dataset; 0 for those of other processes."""
+    ordered = torch.zeros(len(dataloader.dataset), rows.shape[1])
+    ordered[[i for batch in dataloader.sampler for i in batch]] = rows
+    return ordered
 
-    Without torchrun that is (0, 1), and nothing else in this section does anything.
+
+def confusion_counts(labels, predicted):
+    """Return int64 (5, C) of bool matrices (N, C): support, predicted, true positives, N, exact matches."""
+    exact_matches = (labels == predicted).all(1).sum()
+    rows = [labels.sum(0), predicted.sum(0), (labels & predicted).sum(0)]
+    return torch.stack([*rows, *(torch.full_like(rows[0], n) for n in (len(labels), exact_matches))])
+
+
+def precision_recall_f1(support, predicted, true_positives):
+    """Return (precision, recall, F1) of counts; 0 where undefined."""
+    precision, recall = true_positives / predicted.clamp(min=1), true_positives / support.clamp(min=1)
+    return precision, recall, 2 * true_positives / (support + predicted).clamp(min=1)
+
+
+def metrics_from_counts(counts):
+    """Return {metric: value} of confusion_counts. In macro averages labels without examples count as 0."""
+    support, predicted, true_positives, texts, exact_matches = counts.double()
+    hamming_loss = (support + predicted - 2 * true_positives).sum() / texts.sum()
+    metrics = {"accuracy": exact_matches[0] / texts[0], "hamming_loss": hamming_loss}
+    micro = precision_recall_f1(support.sum(), predicted.sum(), true_positives.sum())
+    macro = [values.mean() for values in precision_recall_f1(support, predicted, true_positives)]
+    names = ("precision", "recall", "f1")
+    for average, values in (("micro", micro), ("macro", macro)):
+        metrics |= dict(zip((f"{average}_{name}" for name in names), values, strict=True))
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def per_label_metrics(counts, names):
+    """Return {label: {precision, recall, f1, support}} of confusion_counts."""
+    keys = ("precision", "recall", "f1", "support")
+    columns = [values.tolist() for values in (*precision_recall_f1(*counts[:3].double()), counts[0])]
+    rows = zip(*columns, strict=True)
+    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+
+def compute_metrics(labels, probs, threshold=0.5):
+    """Return {metric: value} of labels and probs (N, C); threshold: one for all labels, or (C,)."""
+    return metrics_from_counts(confusion_counts(labels > 0.5, probs > threshold))
+
+
+def metrics_report(labels, probs, names, thresholds):
+    """Return metrics at 0.5 and at the tuned thresholds, and by label at 0.5."""
+    tuned = {f"at_{kind}": compute_metrics(labels, probs, torch.tensor(t)) for kind, t in thresholds.items()}
+    by_label = per_label_metrics(confusion_counts(labels > 0.5, probs > 0.5), names)
+    return {"at_0.5": compute_metrics(labels, probs), **tuned, "by_label": by_label}
+
+
+def tune_thresholds(labels, probs, min_label_support):
+    """Return {"single": t, "by_label": [t, …]} from 0.05 to 0.95, with the best micro F1, or F1 by label.
+
+    At a tie the nearest to 0.5; a label with fewer than min_label_support examples takes the single one.
+    For dev only: on the texts they were tuned on, thresholds always look good.
     """
-    if count_processes() == 1:
-        return 0, 1
-    if not dist.is_initialized():
+    grid = torch.arange(5, 96) / 100
+    shape = len(grid) + 1, labels.shape[1]
+    keys = torch.bucketize(probs, grid) * shape[1] + torch.arange(shape[1])  # (thresholds exceeded, label)
+
+    def above(keys):
+        """Return (91, C): for each threshold and label, how many entries are above it."""
+        counts = torch.bincount(keys.flatten(), minlength=shape[0] * shape[1]).view(shape)
+        return counts.flip(0).cumsum(0).flip(0)[1:].double()
+
+    nearest_first = sorted(range(len(grid)), key=lambda i: abs(i - 45))
+
+    def best(support, predicted, true_positives):
+        """Return for each column the threshold with the best F1."""
+        f1 = precision_recall_f1(support, predicted, true_positives)[2][nearest_first]
+        return [(5 + nearest_first[i]) / 100 for i in f1.numpy().argmax(0).flatten()]
+
+    support, predicted, true_positives = labels.sum(0).double(), above(keys), above(keys[labels > 0.5])
+    [single] = best(support.sum(), predicted.sum(1, keepdim=True), true_positives.sum(1, keepdim=True))
+    by_label = zip(best(support, predicted, true_positives), support >= min_label_support, strict=True)
+    return {"single": single, "by_label": [own if enough else single for own, enough in by_label]}
+
+
+def misclassified(texts, labels, probs, names):
+    """Return a dict for each text with a wrong label at 0.5, the most confident mistakes first."""
+    true, predicted = labels > 0.5, probs > 0.5
+    max_error = torch.where(true, 1 - probs, probs).max(1).values
+    rows = []
+    for i in max_error.argsort(descending=True, stable=True).tolist():
+        if not torch.equal(true[i], predicted[i]):
+            shown = (true[i] | predicted[i]).nonzero().flatten().tolist()
+            row = {"text": texts[i], "true": [names[c] for c in shown if true[i, c]]}
+            row["predicted"] = [names[c] for c in shown if predicted[i, c]]
+            row["probability"] = {names[c]: round(probs[i, c].item(), 4) for c in shown}
+            rows.append(row)
+    return rows
+
+
+def init_distributed(device):
+    """Join the processes that torchrun started and return (rank, world_size); without it (0, 1)."""
+    if get_world_size() > 1 and not dist.is_initialized():
         on_gpu, local_rank = str(device).startswith("cuda"), int(os.environ.get("LOCAL_RANK", 0))
         if on_gpu and (str(device) != "cuda" or local_rank >= torch.cuda.device_count()):
-            raise InputError(f'device = {str(device)!r}: with several processes it must be "cuda", with a GPU for '
-                             f"each; this machine has {torch.cuda.device_count()}")
+            remedy = f'use "cuda" and one GPU per process; this machine has {torch.cuda.device_count()}'
+            raise InputError(f"device = {str(device)!r}: {remedy}")
         if on_gpu:
             torch.cuda.set_device(local_rank)
-        # A day, because the others wait while the first one downloads an encoder, or labels its part of a file.
-        backend = "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-    return dist.get_rank(), dist.get_world_size()
+        nccl = on_gpu and dist.is_nccl_available()  # Windows has none
+        # A day: the others wait while rank 0 downloads an encoder, or labels its part of a file.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
+        atexit.register(destroy_distributed)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def leave_processes():
-    """End what join_processes began. What DistributedDataParallel made must not be in use any more.
-
-    If its reducer went after the group, it would wait for gloo's thread with Python's lock in hand, and the thread
-    for the lock: torch 2.13 then hangs at the end of a run, now and then.
-    """
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+def destroy_distributed():
+    """Leave the process group. DistributedDataParallel has to go first: with gloo, torch 2.13 can hang."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
-def over_processes(tensor, operation="SUM"):
-    """Return the sum of `tensor` over all processes, or the "MAX"."""
+def all_reduce(tensor, operation="SUM"):
+    """Return the sum of a tensor over all processes, or the "MAX"."""
     if dist.is_initialized():
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
 
 
-def largest(number):
-    """Return the largest of the whole numbers that the processes give."""
-    return over_processes(torch.tensor(int(number)), "MAX").item()
+def broadcast_object(function):
+    """Return in all processes what function() returns in rank 0, which alone calls it."""
+    values = [function() if is_main_process() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-def from_processes(value):
-    """Return a list of what each process gives as `value`; each waits for all."""
+def all_gather_object(value):
+    """Return the list of the values of all processes."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
@@ -250,178 +336,86 @@ def from_processes(value):
     return values
 
 
-def random_state(device):
-    """Return the state of the random generators, the CPU's and a GPU's, as a tensor of bytes."""
-    on_gpu = torch.device(device).type == "cuda"
-    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])])
-
-
-def set_random_state(state, device):
-    """Bring the random generators to a state that random_state returned."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
-    if len(state) > size:
-        torch.cuda.set_rng_state(state[size:], device)
-
-
-def spread(model):
-    """Give the model of every process the weights of the main process's."""
-    if dist.is_initialized():
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-
-
-def count(truth, predicted):
-    """Return int64 (5, C) of two bool matrices (N, C): for each label the texts that have it, that get it, and both;
-    then, alike for all labels, N and the texts that are all right. The counts of two files add up to those of both.
-    """
-    right = (truth == predicted).all(1).sum()
-    rows = [truth.sum(0), predicted.sum(0), (truth & predicted).sum(0)]
-    return torch.stack([*rows, *(torch.full_like(rows[0], number) for number in (len(truth), right))])
-
-
-def rates(have, get, both):
-    """Return (precision, recall, F1) of counts; 0 where undefined."""
-    return both / get.clamp(min=1), both / have.clamp(min=1), 2 * both / (have + get).clamp(min=1)
-
-
-def scores_from(counts):
-    """Return {score: value} of what `count` returned.
-
-    In the macro scores a label without examples counts 0, as one that is never found.
-    """
-    have, get, both, texts, right = counts.double()
-    averages = {"micro": rates(have.sum(), get.sum(), both.sum()), "macro": [v.mean() for v in rates(have, get, both)]}
-    scores = {"accuracy": right[0] / texts[0], "hamming_loss": (have + get - 2 * both).sum() / texts.sum()}
-    for average, values in averages.items():
-        scores.update({f"{average}_{name}": value for name, value in zip(("precision", "recall", "f1"), values)})
-    return {name: value.item() for name, value in scores.items()}
-
-
-def label_scores(counts, names):
-    """Return {label: {precision, recall, f1, support}} of what `count` returned."""
-    columns = zip(*(values.tolist() for values in rates(*counts[:3].double())), counts[0].tolist())
-    return {name: dict(zip(("precision", "recall", "f1", "support"), column)) for name, column in zip(names, columns)}
-
-
-def summary(labels, probs, threshold=0.5):
-    """Return {score: value} of probabilities (N, C) above one threshold, or above one for each label (C,)."""
-    return scores_from(count(labels > 0.5, probs > threshold))
-
-
-def all_scores(labels, probs, names, thresholds):
-    """Return {"at_0.5": scores, "by_label": {name: scores at 0.5}} and one more for each of the tuned `thresholds`."""
-    counts = count(labels > 0.5, probs > 0.5)
-    tuned = {f"at_{kind}": summary(labels, probs, torch.tensor(value)) for kind, value in thresholds.items()}
-    return {"at_0.5": scores_from(counts), **tuned, "by_label": label_scores(counts, names)}
-
-
-def tune_thresholds(labels, probs, tune_from):
-    """Return {"single": t, "by_label": [t, …]}: what gives the best micro F1, and the best F1 of each label.
-
-    A label with fewer than `tune_from` examples takes the single threshold.
-
-    For dev only: chosen on the texts on which they are judged, thresholds always look good.
-    """
-    single = best_threshold(labels, probs)
-    enough = (labels.sum(0) >= tune_from).tolist()
-    return {"single": single, "by_label": [best_threshold(labels[:, c], probs[:, c]) if enough[c] else single
-                                           for c in range(len(enough))]}
-
-
-def best_threshold(labels, probs):
-    """Return the threshold from 0.05 to 0.95 with the best F1 over all entries; among equals the nearest to 0.5."""
-    truth = labels > 0.5
-    best = 0.0, 0.0, 0.5
-    for percent in range(5, 96):
-        predicted = probs > percent / 100
-        f1 = 2 * (predicted & truth).sum().item() / max(1, predicted.sum().item() + truth.sum().item())
-        best = max(best, (f1, -abs(percent - 50), percent / 100))
-    return best[2]
-
-
-def find_errors(texts, labels, probs, names):
-    """Return a dict for each text whose labels at 0.5 are not all right, the most confident mistakes first."""
-    truth = labels > 0.5
-    surprise = torch.where(truth, 1 - probs, probs).max(1).values  # of a text's worst label
-    errors = []
-    for row in surprise.argsort(descending=True, stable=True).tolist():
-        true, predicted = truth[row].tolist(), (probs[row] > 0.5).tolist()
-        if true != predicted:
-            shown = [c for c in range(len(names)) if true[c] or predicted[c]]
-            errors.append({"text": texts[row], "true": [names[c] for c in shown if true[c]],
-                           "predicted": [names[c] for c in shown if predicted[c]],
-                           "probability": {names[c]: round(probs[row, c].item(), 4) for c in shown}})
-    return errors
-
-
 def build_scratch_encoder(texts, folder, seed=0):
-    """Write a small untrained BERT with a vocabulary of `texts` to `folder`, as save_pretrained does.
-
-    The same texts and seed always give the same files.
-    """
-    texts = [text[:scratch_characters] for text in texts[::max(1, len(texts) // scratch_texts)]]
+    """Write a small untrained BERT with a vocabulary of `texts` to `folder`, always the same for a seed."""
+    texts = [text[:scratch_max_chars] for text in texts[:: max(1, len(texts) // scratch_texts)]]
     tokenizer = scratch_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         bert = BertModel(BertConfig(vocab_size=len(tokenizer), **scratch_config))
-        sequences = tokenizer(texts, add_special_tokens=False).input_ids
-        start_from_neighbours(bert.embeddings.word_embeddings.weight, sequences)
-    save_pretrained_whole(folder, bert, tokenizer)
+        token_ids = tokenizer(texts, add_special_tokens=False).input_ids
+        init_embeddings_ppmi(bert.embeddings.word_embeddings.weight, token_ids)
+    with atomic_folder(folder) as path, offline():
+        bert.save_pretrained(path)
+        tokenizer.save_pretrained(path)
 
 
 def scratch_tokenizer(texts):
-    """Return a BertTokenizer whose vocabulary is the characters and the common words of `texts`.
+    """Return a BertTokenizer with the characters, frequent words and frequent Chinese n-grams of `texts`.
 
-    BERT's own tokenizer takes Chinese one character at a time; a network without pretraining learns
-    words such as 股市 from far fewer texts if each is one token. They are added tokens: around them,
-    and where none of them stands in a text, a character is still a token.
+    BERT's own splits Chinese into characters. Without pretraining a network learns 股市 from far fewer texts
+    if it is one token, so the n-grams are added tokens; elsewhere a character is still a token.
     """
-    splitter = BertTokenizer().backend_tokenizer
-    words = Counter(word for text in texts
-                    for word, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
-    characters = Counter()
-    for word, count in words.items():
-        for character in word:
-            characters[character] += count
-    # A character seen once becomes [UNK], so that the network learns what to make of unknown ones.
+    backend = BertTokenizer().backend_tokenizer
+    words = Counter()
+    for text in texts:
+        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+        words.update(word for word, _ in pieces)
+    characters = Counter(character for word in words.elements() for character in word)
+    # A character seen once becomes [UNK], so that the network learns an embedding for unknown ones.
     singles = sorted(character for character, count in characters.items() if count > 1) or sorted(characters)
-    words = Counter({word: count for word, count in words.items() if len(word) > 1})
-    inner = [f"##{character}" for character in singles if not re.match(chinese, character)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *inner, *most_common(words)]
-    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(dict.fromkeys(vocabulary))})
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in chinese_pieces(texts)])
+    suffixes = [f"##{character}" for character in singles if not re.match(cjk_pattern, character)]
+    frequent_words = top_tokens({word: count for word, count in words.items() if len(word) > 1})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *suffixes, *frequent_words]
+    tokenizer = BertTokenizer(vocab={token: idx for idx, token in enumerate(dict.fromkeys(vocabulary))})
+    tokenizer.add_tokens([AddedToken(ngram, normalized=False) for ngram in frequent_ngrams(texts)])
     return tokenizer
 
 
-def start_from_neighbours(embeddings, sequences):
-    """Set the embeddings (V, H) of the tokens in `sequences`, lists of ids, by which tokens stand near which.
+def frequent_ngrams(texts):
+    """Return the frequent n-grams of 2 to 4 Chinese characters, without those mostly inside a longer one."""
+    counts, fragments = Counter(), set()
+    for run in (run for text in texts for run in re.findall(f"{cjk_pattern}+", text)):
+        for n in (2, 3, 4):
+            counts.update(run[start : start + n] for start in range(len(run) - n + 1))
+    for ngram, count in counts.items():
+        if count >= scratch_min_freq:
+            fragments.update(part for part in (ngram[:-1], ngram[1:]) if counts[part] <= 1.2 * count)
+    return top_tokens({ngram: count for ngram, count in counts.items() if ngram not in fragments})
 
-    Positive pointwise mutual information of neighbours, reduced to H dimensions by a singular value
-    decomposition (Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization",
-    section 4.2): tokens that stand in like company start alike, before the first label is seen.
+
+def top_tokens(counts):
+    """Return at most scratch_vocab_size tokens that occur scratch_min_freq times, in a fixed order."""
+    frequent = [token for token, count in counts.items() if count >= scratch_min_freq]
+    return sorted(frequent, key=lambda token: (-counts[token], token))[:scratch_vocab_size]
+
+
+def init_embeddings_ppmi(embeddings, token_ids):
+    """Initialise the embeddings (V, H) of the tokens in `token_ids`, lists of ids, from their neighbours.
+
+    Positive pointwise mutual information, reduced to H dimensions by a singular value decomposition (Levy and
+    Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2).
     """
-    flat = torch.tensor([token for ids in sequences for token in (*ids, *[-1] * scratch_window)])  # -1 ends a text
-    near = [(flat[:-distance], flat[distance:]) for distance in range(1, scratch_window + 1)]
-    left, right = (torch.cat(side) for side in zip(*near))
-    within = (left >= 0) & (right >= 0)
-    if not within.any():
+    flat = torch.tensor([token for ids in token_ids for token in (*ids, *[-1] * scratch_window)])
+    pairs = torch.cat([torch.stack([flat[:-n], flat[n:]]) for n in range(1, scratch_window + 1)], dim=1)
+    pairs = pairs[:, (pairs >= 0).all(0)]  # none across the end of a text
+    if not pairs.numel():
         return  # no text has two tokens
-    left, right = left[within], right[within]
-    pairs = torch.stack([torch.cat([left, right]), torch.cat([right, left])])
-    size, width = embeddings.shape
-    counts = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]), (size, size), check_invariants=True).coalesce()
-    total = torch.zeros(size).index_add_(0, counts.indices()[0], counts.values())
-    information = torch.log(counts.values() * total.sum() / total[counts.indices()].prod(0)).clamp(min=0)
-    matrix = torch.sparse_coo_tensor(counts.indices(), information, (size, size), check_invariants=True)
-    vectors, values, _ = torch.svd_lowrank(matrix, q=min(width, size), niter=4)
+    vocab_size, hidden_size = embeddings.shape
+    keys = torch.cat([pairs[0] * vocab_size + pairs[1], pairs[1] * vocab_size + pairs[0]])
+    keys, counts = keys.unique(return_counts=True)
+    pairs = torch.stack([keys // vocab_size, keys % vocab_size])
+    totals = torch.bincount(pairs[0], weights=counts, minlength=vocab_size)
+    ppmi = torch.log(counts * totals.sum() / totals[pairs].prod(0)).clamp(min=0).float()
+    matrix = torch.sparse_coo_tensor(pairs, ppmi, (vocab_size, vocab_size), check_invariants=True)
+    vectors, values, _ = torch.svd_lowrank(matrix, q=min(hidden_size, vocab_size), niter=4)
     vectors = vectors * values.sqrt()
-    seen = total > 0
-    if not vectors[seen].std() > 0:
-        return  # no pair of tokens is more frequent than chance
+    has_pairs = totals > 0
+    if not vectors[has_pairs].std() > 0:
+        return  # no pair is more frequent than by chance
     with torch.no_grad():
-        vectors *= embeddings.std() / vectors[seen].std()
-        embeddings[seen, :vectors.shape[1]] = vectors[seen]
+        vectors *= embeddings.std() / vectors[has_pairs].std()
+        embeddings[has_pairs, : vectors.shape[1]] = vectors[has_pairs]
 
 
 def main():

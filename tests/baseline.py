@@ -1,8 +1,9 @@
-"""What a user would try instead: TF-IDF of character 1- to 3-grams with one-vs-rest LinearSVC, on the same files.
+"""A baseline on the same files: TF-IDF of character 1- to 3-grams with one-vs-rest LinearSVC.
 
 reads   ./data/train.json, ./data/test.json, ./model/ (run `python train.py` first)
 run     python tests/baseline.py    from the repository's root; prints one line for each of the two
 """
+
 import sys
 from pathlib import Path
 
@@ -15,30 +16,35 @@ from sklearn.svm import LinearSVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import predict  # noqa: E402
-from data_preprocess import log, read_examples, run_script  # noqa: E402
+import predict
+from data_preprocess import log, read_examples, run_script
 
 train_path = "./data/train.json"
 test_path = "./data/test.json"
 
 
 def compare(train_path, test_path):
-    """Return {name: (accuracy, micro F1, macro F1)} on the test file, for the baseline and the trained model."""
+    """Return {name: (accuracy, micro F1, macro F1)} on the test file, of the baseline and the model."""
     train_texts, train_labels = zip(*read_examples(train_path))
     test_texts, test_labels = zip(*read_examples(test_path))
     binarizer = MultiLabelBinarizer().fit(train_labels)
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3))
     classifier = OneVsRestClassifier(LinearSVC()).fit(
-        vectorizer.fit_transform(train_texts), binarizer.transform(train_labels))
-    predicted = {"tfidf_linear_svc": classifier.predict(vectorizer.transform(test_texts)),
-                 "this_project": binarizer.transform(predict.predict(list(test_texts)))}
+        vectorizer.fit_transform(train_texts), binarizer.transform(train_labels)
+    )
+    predicted = {
+        "tfidf_linear_svc": classifier.predict(vectorizer.transform(test_texts)),
+        "this_project": binarizer.transform(predict.predict(list(test_texts))),
+    }
     truth = binarizer.transform(test_labels)
     return {name: scores(truth, labels) for name, labels in predicted.items()}
 
 
 def scores(truth, predicted):
     """Return (accuracy, micro F1, macro F1) of two matrices (N, C) of 0 and 1."""
-    micro, macro = (f1_score(truth, predicted, average=average, zero_division=0) for average in ("micro", "macro"))
+    micro, macro = (
+        f1_score(truth, predicted, average=average, zero_division=0) for average in ("micro", "macro")
+    )
     return accuracy_score(truth, np.asarray(predicted)), micro, macro
 
 

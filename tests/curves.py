@@ -4,6 +4,7 @@ reads   what TensorBoard reads, so a run with tensorboard installed
 writes  the picture
 run     pip install matplotlib tensorboard && python tests/curves.py curves.svg
 """
+
 import os
 import sys
 
@@ -11,9 +12,11 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 runs_path = "./model/runs"
-panels = {"loss": ("train/loss", "dev/loss"), "dev, at 0.5": ("dev/accuracy", "dev/micro_f1", "dev/macro_f1"),
-          "learning rate": ("train/lr",)}
-averaged = 100  # batches: what is drawn of train/loss is the mean of so many
+panels = {
+    "loss": ("epoch/train_loss", "epoch/dev_loss"),
+    "dev, at 0.5": ("epoch/accuracy", "epoch/micro_f1", "epoch/macro_f1"),
+    "learning rate": ("train/lr",),
+}
 
 
 def main():
@@ -24,10 +27,7 @@ def main():
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             points = [(event.step, event.value) for event in events.Scalars(name)]
-            if name == "train/loss":
-                points = [tuple(map(lambda column: sum(column) / len(column), zip(*points[start:start + averaged])))
-                          for start in range(0, len(points), averaged)]
-            axis.plot(*zip(*points), label=name, marker="." if name.startswith("dev/") else None)
+            axis.plot(*zip(*points), label=name, marker="." if name.startswith("epoch/") else None)
         axis.set(title=title, xlabel="batches")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

@@ -14,13 +14,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import constants
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    pipeline,
+)
 
 import bert_multilabel_cls as ours
 import predict
 import train
 from conftest import TOKENS, root
-from data_preprocess import InputError, dump_json, label_names
+from data_helper import MultiClsDataSet
+from data_preprocess import InputError, dump_json
 
 LABELS = {"体育": 0, "财经": 1, "科技": 2}
 
@@ -50,7 +59,7 @@ def inputs():
 
 @pytest.fixture
 def model(encoder_folder):
-    return ours.BertMultiLabelCls(None, len(LABELS), bert=ours.load_pretrained(BertModel, encoder_folder)).eval()
+    return ours.BertMultiLabelCls(None, len(LABELS), bert=BertModel.from_pretrained(encoder_folder)).eval()
 
 
 def test_forward_is_pooled_output_linear_sigmoid(model, inputs):
@@ -62,48 +71,63 @@ def test_forward_is_pooled_output_linear_sigmoid(model, inputs):
 
 def test_one_pass_is_that_of_the_whole_encoder_with_its_gradients(model, inputs):
     """Though the last layer computes [CLS] alone; in training without dropout, in evaluation, and in bf16."""
+
     def outputs_and_gradients(run):
         model.zero_grad()
-        pooled = run(*inputs)
-        pooled.float().square().sum().backward()
-        return pooled, [p.grad.clone() for p in model.bert.parameters()]
+        probs = run()
+        probs.float().square().sum().backward()
+        return probs, [p.grad.clone() for p in model.bert.parameters()]
+
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    whole = outputs_and_gradients(lambda *inputs: model.bert(*inputs)[1])
+    whole = outputs_and_gradients(lambda: torch.sigmoid(model.fc(model.bert(*inputs)[1])))
     for training in (False, True):
         model.train(training)
-        ours_now = outputs_and_gradients(lambda *inputs: ours.pooled_output(model.bert, *inputs))
-        torch.testing.assert_close(ours_now, whole, atol=1e-5, rtol=1e-4)
-    with ours.mixed("cpu", "bf16"):
-        torch.testing.assert_close(ours.pooled_output(model.bert, *inputs).float(), whole[0], atol=0.03, rtol=0)
+        torch.testing.assert_close(outputs_and_gradients(lambda: model(*inputs)), whole, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        probs = model(*inputs)
+    assert probs.dtype == torch.float32
+    torch.testing.assert_close(probs, whole[0], atol=0.03, rtol=0)
 
 
-def test_attention_with_dropout_is_the_same_on_average(inputs):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, 6, 8)
-    seen = inputs[1][:, None, None].bool()
-    mean = torch.stack([ours.attend(query, key, value, seen, 0.3) for _ in range(4000)]).mean(0)
-    torch.testing.assert_close(mean, ours.attend(query, key, value, seen, 0.0), atol=0.1, rtol=0)
+def test_attention_with_dropout_is_the_same_on_average(model, inputs):
+    """The first layer's output, of which the mean over many masks is that without dropout, nearly."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3 if name.endswith("attention.self.dropout") else 0.0
+    seen = []
+    model.bert.encoder.layer[0].attention.output.dense.register_forward_hook(lambda *a: seen.append(a[1][0]))
+    with torch.no_grad():
+        model(*inputs)
+        model.train()
+        torch.manual_seed(0)
+        for _ in range(3000):
+            model(*inputs)
+    torch.testing.assert_close(torch.stack(seen[1:]).mean(0), seen[0], atol=0.02, rtol=0)
+    assert not torch.equal(seen[1], seen[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-def test_dropout_drops_its_share_and_keeps_the_mean(dtype, p):
+def test_dropout_drops_its_share_and_keeps_the_mean(encoder_folder, dtype, p):
     torch.manual_seed(0)
-    states = torch.ones(101, 997, dtype=dtype, requires_grad=True)  # not a multiple of the four masks in a word
-    dropped = ours.Dropout(p)(states)
+    model = ours.BertMultiLabelCls(None, 3, p, BertModel.from_pretrained(encoder_folder)).train()
+    states = torch.ones(
+        101, 997, dtype=dtype, requires_grad=True
+    )  # not a multiple of the four masks in a word
+    dropped = model.drop(states)
     dropped.sum().backward()
     assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.005)
     assert dropped.unique().numel() <= 2 and torch.equal(states.grad, dropped)
     assert dropped.float().mean().item() == pytest.approx(float(p < 1), abs=0.01)
-    assert torch.equal(ours.Dropout(p).eval()(states), states)
-    assert not torch.equal(ours.Dropout(0.5)(states), ours.Dropout(0.5)(states))
+    assert p in (0.0, 1.0) or not torch.equal(model.drop(states), model.drop(states))
+    assert torch.equal(model.eval().drop(states), states)
 
 
-def test_every_dropout_of_the_encoder_is_ours(model):
+def test_every_dropout_of_the_encoder_is_of_one_kind(model):
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.Dropout)}
-    assert kinds == {ours.Dropout} and model.bert.embeddings.dropout.p == 0.1
+    assert kinds == {type(model.drop)} and model.bert.embeddings.dropout.p == 0.1
 
 
 def test_attention_mask_and_types_are_not_mixed_up(model, inputs):
@@ -114,7 +138,9 @@ def test_attention_mask_and_types_are_not_mixed_up(model, inputs):
 def test_the_default_encoder_is_pretrained_model(encoder_folder, monkeypatch):
     monkeypatch.setattr(ours, "pretrained_model", encoder_folder)
     model = ours.BertMultiLabelCls(16, 3)
-    torch.testing.assert_close(model.bert.state_dict(), BertModel.from_pretrained(encoder_folder).state_dict())
+    torch.testing.assert_close(
+        model.bert.state_dict(), BertModel.from_pretrained(encoder_folder).state_dict()
+    )
     with pytest.raises(InputError, match="hidden_size = 768, but the encoder has 16"):
         ours.BertMultiLabelCls(768, 3)
 
@@ -139,7 +165,9 @@ def test_an_article_checkpoint_predicts_here(tmp_path, monkeypatch, encoder_fold
     state["bert.embeddings.position_ids"] = torch.arange(128)[None]  # written by transformers before 4.31
     torch.save(state, tmp_path / "multi_label_cls.pth")
     dump_json({"体育": 2, "财经": 0, "科技": 1}, tmp_path / "label2idx.json")
-    model, tokenizer, label2idx = ours.load_model(f"{tmp_path}/multi_label_cls.pth", f"{tmp_path}/label2idx.json")
+    model, tokenizer, label2idx = ours.load_model(
+        f"{tmp_path}/multi_label_cls.pth", f"{tmp_path}/label2idx.json"
+    )
     torch.testing.assert_close(model(*inputs), article(*inputs), atol=1e-5, rtol=0)
     assert label2idx == {"体育": 2, "财经": 0, "科技": 1} and len(tokenizer) == len(TOKENS)
 
@@ -153,7 +181,9 @@ def test_our_checkpoint_loads_in_the_article(tmp_path, model, tokenizer, encoder
 
 def test_a_saved_folder_needs_nothing_else(tmp_path, model, tokenizer, inputs, offline):
     ours.save_model(model, tokenizer, LABELS, f"{tmp_path}/m/multi_label_cls.pth")
-    loaded, loaded_tokenizer, label2idx = ours.load_model(f"{tmp_path}/m/multi_label_cls.pth", "./no/such/index.json")
+    loaded, loaded_tokenizer, label2idx = ours.load_model(
+        f"{tmp_path}/m/multi_label_cls.pth", "./no/such/index.json"
+    )
     assert torch.equal(loaded(*inputs), model(*inputs)) and not loaded.training
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert label2idx == LABELS
@@ -173,9 +203,13 @@ def broken_checkpoints(state):
     yield "a list", [1, 2], "not a checkpoint"
     yield "a pickle that would run code", pickle.dumps(Hostile(), protocol=2), "not a checkpoint"
     yield "empty", b"", "not a checkpoint"
-    yield "other labels", {**state, "fc.bias": torch.zeros(4)}, "is not the model that"
-    yield "other sizes", {**state, "bert.pooler.dense.bias": torch.zeros(5)}, "does not fit the encoder"
-    yield "a layer missing", {k: v for k, v in state.items() if "layer.1" not in k}, "does not fit the encoder"
+    yield "other labels", {**state, "fc.bias": torch.zeros(4)}, "has 4 labels, but"
+    yield "other sizes", {**state, "bert.pooler.dense.bias": torch.zeros(5)}, "does not fit its encoder"
+    yield (
+        "a layer missing",
+        {k: v for k, v in state.items() if "layer.1" not in k},
+        "does not fit its encoder",
+    )
 
 
 def test_a_broken_checkpoint_is_one_sentence(tmp_path, monkeypatch, model, tokenizer):
@@ -183,10 +217,17 @@ def test_a_broken_checkpoint_is_one_sentence(tmp_path, monkeypatch, model, token
     path = "./m/multi_label_cls.pth"
     ours.save_model(model, tokenizer, LABELS, path)
     whole = open(path, "rb").read()
-    for what, content, message in [*broken_checkpoints(model.state_dict()), ("cut", whole[:9000], "not a checkpoint")]:
+    known = torch.load(path, weights_only=True)._metadata
+    for what, content, message in [
+        *broken_checkpoints(model.state_dict()),
+        ("cut", whole[:9000], "not a checkpoint"),
+    ]:
         if isinstance(content, bytes):
             open(path, "wb").write(content)
         else:
+            if isinstance(content, dict):
+                content = type(model.state_dict())(content)
+                content._metadata = known
             torch.save(content, path)
         with pytest.raises(InputError) as caught:
             ours.load_model(path, "")
@@ -197,97 +238,124 @@ def test_a_broken_checkpoint_is_one_sentence(tmp_path, monkeypatch, model, token
         ours.load_model(path, "")
 
 
-def test_a_half_precision_encoder_is_used_in_float32(tmp_path, encoder_folder):
+def test_a_half_precision_encoder_is_used_in_float32(tmp_path, monkeypatch, tokenizer, encoder_folder):
     shutil.copytree(encoder_folder, tmp_path / "half")
     BertModel.from_pretrained(encoder_folder).half().save_pretrained(tmp_path / "half")
-    bert = ours.load_pretrained(BertModel, str(tmp_path / "half"))
-    assert {p.dtype for p in bert.parameters()} == {torch.float32}
-    model = ours.BertMultiLabelCls(None, 3, bert=bert)
-    ours.save_model(model, ours.load_pretrained(BertTokenizer, encoder_folder), LABELS, f"{tmp_path}/m/m.pth")
+    monkeypatch.setattr(ours, "pretrained_model", str(tmp_path / "half"))
+    model = ours.BertMultiLabelCls(None, 3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ours.save_model(model, tokenizer, LABELS, f"{tmp_path}/m/m.pth")
     torch.testing.assert_close(ours.load_model(f"{tmp_path}/m/m.pth", "")[0].state_dict(), model.state_dict())
 
 
-def test_labels_of_one_run_never_meet_the_weights_of_another(tmp_path, model, tokenizer):
-    ours.save_model(model, tokenizer, LABELS, f"{tmp_path}/multi_label_cls.pth")
-    nn.init.ones_(model.fc.bias)
-    torch.save(model.state_dict(), tmp_path / "multi_label_cls.pth")
-    with pytest.raises(InputError, match="is not the model that .*config.json was written for"):
-        ours.load_model(f"{tmp_path}/multi_label_cls.pth", "")
+@pytest.mark.parametrize("what", ["labels", "thresholds", "truncation"])
+def test_labels_of_one_run_never_meet_the_weights_of_another(tmp_path, model, tokenizer, what):
+    """A .pth of ours beside the config.json of another run is refused; alone it says what it needs."""
+    ours.save_model(model, tokenizer, LABELS, str(tmp_path / "a"), {"single": 0.4}, (16, 0))
+    others = {"labels": dict(zip("xyz", range(3))), "thresholds": {"single": 0.5}, "truncation": (18, 2)}
+    given = {"labels": LABELS, "thresholds": {"single": 0.4}, "truncation": (16, 0)} | {what: others[what]}
+    ours.save_model(
+        model, tokenizer, given["labels"], str(tmp_path / "b"), given["thresholds"], given["truncation"]
+    )
+    shutil.copy(tmp_path / "a" / "multi_label_cls.pth", tmp_path / "b" / "multi_label_cls.pth")
+    with pytest.raises(InputError, match="of another run than the config.json beside it"):
+        ours.load_model(f"{tmp_path}/b/multi_label_cls.pth", "")
+    os.remove(tmp_path / "b" / "config.json")
+    with pytest.raises(InputError, match="config.json: No such file"):
+        ours.load_model(f"{tmp_path}/b/multi_label_cls.pth", "")
 
 
-@pytest.mark.parametrize("broken, message", [
-    ({"config.json": '{"model_type": "roberta"}'}, 'model_type is "roberta"'),
-    ({"model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "Git LFS"),
-    ({"config.json": None}, "config.json: No such file"),
-])
-def test_a_broken_encoder_folder_is_one_sentence(tmp_path, encoder_folder, broken, message):
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ({"config.json": '{"model_type": "roberta"}'}, 'model_type is "roberta"'),
+        ({"model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "Git LFS"),
+        ({"config.json": None}, "config.json: No such file"),
+    ],
+)
+def test_a_broken_encoder_folder_is_one_sentence(tmp_path, monkeypatch, encoder_folder, broken, message):
     shutil.copytree(encoder_folder, tmp_path / "e")
     for name, content in broken.items():
         (tmp_path / "e" / name).write_text(content) if content else (tmp_path / "e" / name).unlink()
+    monkeypatch.setattr(ours, "pretrained_model", str(tmp_path / "e"))
     with pytest.raises(InputError, match=message) as caught:
-        ours.load_pretrained(BertModel, str(tmp_path / "e"))
+        ours.BertMultiLabelCls(None, 3)
     assert "\n" not in str(caught.value)
 
 
-def test_the_exported_folder_gives_a_pipeline_our_probabilities(trained):
-    """Within 1e-5 in float32, with the labels' names, for texts of all lengths."""
+def test_model_gives_a_pipeline_our_probabilities(trained):
+    """Within 1e-5 in float32, with the labels' names, for texts of all lengths, just after training."""
     texts = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨", "up ups a"]
-    label = pipeline("text-classification", model="./model/transformers", top_k=None, function_to_apply="sigmoid")
+    label = pipeline("text-classification", model="./model", top_k=None, function_to_apply="sigmoid")
     found = [{row["label"]: row["score"] for row in rows} for rows in label(texts, batch_size=3)]
     assert [sorted(row["label"] for row in rows) for rows in label(texts)] == [sorted(row) for row in found]
-    by_itself = pipeline("text-classification", model="./model/transformers", top_k=None)  # problem_type says sigmoid
-    assert [{row["label"]: pytest.approx(row["score"], abs=1e-6) for row in rows} for rows in by_itself(texts)] == found
-    names = label_names(predict.trained_model()[2])
-    np.testing.assert_allclose([[row[name] for name in names] for row in found], predict.predict_proba(texts), atol=1e-5, rtol=0)
-    [cut] = label("中超" * 100, truncation=True)  # at max_len of the run, as predict does with the same constant
-    predict.max_len = 16
-    try:
-        np.testing.assert_allclose([{row["label"]: row["score"] for row in cut}[name] for name in names],
-                                   predict.predict_proba(["中超" * 100])[0], atol=1e-5, rtol=0)
-    finally:
-        predict.max_len = 128
+    by_itself = pipeline("text-classification", model="./model", top_k=None)  # problem_type says sigmoid
+    assert [
+        {row["label"]: pytest.approx(row["score"], abs=1e-6) for row in rows} for rows in by_itself(texts)
+    ] == found
+    names = ["中超", "体育", "股市", "财经"]
+    expected = [[row[name] for name in names] for row in found]
+    np.testing.assert_allclose(expected, predict.predict_proba(texts), atol=1e-5, rtol=0)
+    [cut] = label("中超" * 100, truncation=True)  # at the max_len of training, as predict does
+    scores = {row["label"]: row["score"] for row in cut}
+    expected = predict.predict_proba(["中超" * 100])[0]
+    np.testing.assert_allclose([scores[name] for name in names], expected, atol=1e-5, rtol=0)
 
 
-def test_the_exported_folder_says_what_it_is(trained):
-    config = json.loads(Path("model/transformers/config.json").read_text(encoding="utf-8"))
+def test_model_is_read_by_the_auto_classes(trained):
+    classifier = AutoModelForSequenceClassification.from_pretrained("./model").eval()
+    encoded = AutoTokenizer.from_pretrained("./model")(["中超开赛"], return_tensors="pt")
+    with torch.no_grad():
+        probs = classifier(**encoded).logits.sigmoid()
+    np.testing.assert_allclose(probs, predict.predict_proba(["中超开赛"]), atol=1e-5)
+
+
+def test_model_says_what_it_is(trained):
+    config = json.loads(Path("model/config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["BertForSequenceClassification"] and config["model_type"] == "bert"
     assert config["problem_type"] == "multi_label_classification" and config["dtype"] == "float32"
     assert config["id2label"] == {"0": "中超", "1": "体育", "2": "股市", "3": "财经"}
     assert config["label2id"] == {"中超": 0, "体育": 1, "股市": 2, "财经": 3}
-    assert config["classifier_dropout"] == train.dropout and "classifiers" not in config
-    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json"} < set(os.listdir("model/transformers"))
+    assert config["classifier_dropout"] == train.dropout and config["truncation"] == [16, 0]
+    assert set(config["thresholds"]) == {"single", "by_label"}
+    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json"} < set(os.listdir("model"))
+    info = torch.load("model/multi_label_cls.pth", weights_only=True)._metadata[""]
+    assert info["labels"] == ["中超", "体育", "股市", "财经"] and info["truncation"] == [16, 0]
 
 
-def test_the_exported_folder_is_a_model_to_load_predict_and_train_from(trained, monkeypatch, tmp_path):
+@pytest.mark.parametrize("removed", ["multi_label_cls.pth", "model.safetensors"])
+def test_either_form_of_the_weights_is_a_model_to_load_predict_and_train_from(trained, monkeypatch, removed):
     texts = ["中超开赛", "股市大涨"]
-    probs, thresholds = predict.predict_proba(texts), predict.trained_model()[0].bert.config.thresholds
-    for name in ("multi_label_cls.pth", "config.json"):
-        os.remove(f"model/{name}")
-    monkeypatch.setattr(predict, "save_model_path", "./model/transformers")
+    probs, thresholds = predict.predict_proba(texts), ours.load_model("./model")[0].bert.config.thresholds
+    os.remove(f"model/{removed}")
+    monkeypatch.setattr(predict, "save_model_path", "./model")
     np.testing.assert_array_equal(predict.predict_proba(texts), probs)
     assert predict.predict(texts) == [["中超", "体育"], ["股市", "财经"]]
-    assert predict.trained_model()[0].bert.config.thresholds == thresholds != {}
-    monkeypatch.setattr(ours, "pretrained_model", "./model/transformers")
-    with pytest.raises(InputError, match="export_path = './model/transformers': holds the encoder"):
+    before = ours.load_model("./model")[0]
+    assert before.bert.config.thresholds == thresholds != {}
+    if removed == "multi_label_cls.pth":
+        monkeypatch.setattr(ours, "pretrained_model", "./model")
+        monkeypatch.setattr(train, "lr", 0.0)
         train.train()
-    monkeypatch.setattr(train, "export_path", "./model/again")
-    monkeypatch.setattr(train, "lr", 0.0)
-    monkeypatch.setattr(train, "head_lr", 0.0)
-    train.train()
-    retrained, exported = (ours.load_model(path)[0] for path in ("./model/multi_label_cls.pth", "./model/transformers"))
-    torch.testing.assert_close(retrained.bert.state_dict(), exported.bert.state_dict(), atol=0, rtol=0)
+        for path in ("./model/multi_label_cls.pth", "./model"):
+            after = ours.load_model(path)[0].bert.state_dict()
+            torch.testing.assert_close(after, before.bert.state_dict(), atol=0, rtol=0)
 
 
 def trained_elsewhere(folder, encoder_folder, **changes):
     """Write a classifier to `folder` as somebody's Trainer does; return it."""
-    config = BertConfig.from_pretrained(encoder_folder, id2label=dict(enumerate(LABELS)), label2id=LABELS, **changes)
+    config = BertConfig.from_pretrained(
+        encoder_folder, id2label=dict(enumerate(LABELS)), label2id=LABELS, **changes
+    )
     classifier = BertForSequenceClassification.from_pretrained(encoder_folder, config=config)
     classifier.save_pretrained(folder)
     BertTokenizer.from_pretrained(encoder_folder).save_pretrained(folder)
     return classifier.eval()
 
 
-@pytest.mark.parametrize("problem_type, dtype", [("multi_label_classification", torch.float32), (None, torch.float16)])
+@pytest.mark.parametrize(
+    "problem_type, dtype", [("multi_label_classification", torch.float32), (None, torch.float16)]
+)
 def test_what_was_trained_elsewhere_predicts_here(tmp_path, encoder_folder, inputs, problem_type, dtype):
     classifier = trained_elsewhere(tmp_path, encoder_folder, problem_type=problem_type)
     classifier.to(dtype).save_pretrained(tmp_path)
@@ -295,32 +363,56 @@ def test_what_was_trained_elsewhere_predicts_here(tmp_path, encoder_folder, inpu
     with torch.no_grad():
         expected = classifier.float()(inputs[0], inputs[1], inputs[2]).logits.sigmoid()
     torch.testing.assert_close(model(*inputs).detach(), expected, atol=1e-5, rtol=0)
-    assert label2idx == LABELS and model.fc.weight.dtype == torch.float32 and model.bert.config.thresholds == {}
+    assert (
+        label2idx == LABELS and model.fc.weight.dtype == torch.float32 and model.bert.config.thresholds == {}
+    )
 
 
-@pytest.mark.parametrize("says", [dict(id2label={1: "a", 0: "b"}), dict(id2label={0: "b", 1: "a"}, label2id=None)])
+@pytest.mark.parametrize(
+    "says", [dict(id2label={1: "a", 0: "b"}), dict(id2label={0: "b", 1: "a"}, label2id=None)]
+)
 def test_the_labels_of_a_folder_are_those_that_a_pipeline_gives(tmp_path, encoder_folder, says):
     trained_elsewhere(tmp_path, encoder_folder)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    BertForSequenceClassification(BertConfig.from_pretrained(encoder_folder, num_labels=2)).save_pretrained(tmp_path)
+    BertForSequenceClassification(BertConfig.from_pretrained(encoder_folder, num_labels=2)).save_pretrained(
+        tmp_path
+    )
     dump_json({**config, **{"label2id": {"LABEL_0": 0, "LABEL_1": 1}}, **says}, str(tmp_path / "config.json"))
     assert ours.load_model(str(tmp_path))[2] == {"b": 0, "a": 1}
 
 
 def test_the_tokenizer_of_a_trained_folder_is_taken_as_it_is(tmp_path, encoder_folder):
     trained_elsewhere(tmp_path, encoder_folder)
-    BertTokenizer(vocab={token: n for n, token in enumerate(TOKENS)}, do_lower_case=False).save_pretrained(tmp_path)
+    BertTokenizer(vocab={token: n for n, token in enumerate(TOKENS)}, do_lower_case=False).save_pretrained(
+        tmp_path
+    )
     assert ours.load_model(str(tmp_path))[1].tokenize("A a") == ["[UNK]", "a"]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda folder, encoder: trained_elsewhere(folder, encoder, problem_type="single_label_classification"),
-     "its problem_type is 'single_label_classification'"),
-    (lambda folder, encoder: os.remove(folder / "model.safetensors"), "model.safetensors: there is no trained model"),
-    (lambda folder, encoder: shutil.copy(f"{encoder}/model.safetensors", folder), "it has no fc.weight and fc.bias"),
-    (lambda folder, encoder: os.remove(folder / "config.json"), "config.json: No such file"),
-    (lambda folder, encoder: os.truncate(folder / "model.safetensors", 900), "not a checkpoint of this project"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda folder, encoder: trained_elsewhere(
+                folder, encoder, problem_type="single_label_classification"
+            ),
+            "its problem_type is 'single_label_classification'",
+        ),
+        (
+            lambda folder, encoder: os.remove(folder / "model.safetensors"),
+            "multi_label_cls.pth: there is no trained model",
+        ),
+        (
+            lambda folder, encoder: shutil.copy(f"{encoder}/model.safetensors", folder),
+            "it has no fc.weight and fc.bias",
+        ),
+        (lambda folder, encoder: os.remove(folder / "config.json"), "config.json: No such file"),
+        (
+            lambda folder, encoder: os.truncate(folder / "model.safetensors", 900),
+            "not a checkpoint of this project",
+        ),
+    ],
+)
 def test_a_folder_that_holds_no_such_model_is_one_sentence(tmp_path, encoder_folder, change, message):
     trained_elsewhere(tmp_path, encoder_folder, problem_type="multi_label_classification")
     change(tmp_path, encoder_folder)
@@ -329,43 +421,29 @@ def test_a_folder_that_holds_no_such_model_is_one_sentence(tmp_path, encoder_fol
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("killed_at", range(8))  # of four files, each is put in place in two steps
-def test_an_export_that_is_killed_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, model, tokenizer, inputs, killed_at):
-    """Of two models with the same sizes; a note that somebody put into the folder stays."""
-    ours.export_model(model, tokenizer, LABELS, str(tmp_path), 16)
-    (tmp_path / "README.md").write_text("mine")
-    before = model(*inputs).detach()
-    nn.init.normal_(model.fc.weight)
-    replaced, real = [], os.replace
-
-    def kill(source, target):
-        if len(replaced) == killed_at:
-            raise KeyboardInterrupt
-        replaced.append(target)
-        real(source, target)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", kill)
-        ours.export_model(model, tokenizer, dict(zip(reversed(LABELS), range(3))), str(tmp_path), 16)
-    with pytest.raises(InputError, match="config.json: No such file"):
-        ours.load_model(str(tmp_path))
-    assert len(replaced) == killed_at
-    ours.export_model(model, tokenizer, LABELS, str(tmp_path), 16)
-    after = ours.load_model(str(tmp_path))[0](*inputs)
-    assert torch.equal(after, model(*inputs)) and not torch.equal(after, before)
-    assert (tmp_path / "README.md").read_text() == "mine"
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
-
-
-@pytest.mark.parametrize("words, says, cased", [
-    (["nba", "<S>"], False, False), (["nba"], None, False), (["NBA", "nba"], None, True), (["NBA"], True, True),
-    (["nba", "X", *(f"##{a}{b}" for a in "abcdefghijkl" for b in "abcdefghijkl")], False, False),  # one in 150 was added
-    (["NBA", *"ABC", *map(chr, range(0x4e00, 0x5200))], None, True)])  # few, but all letters are capitals
-def test_the_vocabulary_decides_about_capitals(tmp_path, encoder_folder, words, says, cased):
+@pytest.mark.parametrize(
+    "words, says, cased",
+    [
+        (["nba", "<S>"], False, False),
+        (["nba"], None, False),
+        (["NBA", "nba"], None, True),
+        (["NBA"], True, True),
+        (
+            ["nba", "X", *(f"##{a}{b}" for a in "abcdefghijkl" for b in "abcdefghijkl")],
+            False,
+            False,
+        ),  # one in 150 was added
+        (["NBA", *"ABC", *map(chr, range(0x4E00, 0x5200))], None, True),
+    ],
+)  # few, but all letters are capitals
+def test_the_vocabulary_decides_about_capitals(tmp_path, monkeypatch, encoder_folder, words, says, cased):
     shutil.copy(f"{encoder_folder}/config.json", tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join([*TOKENS, *words]), encoding="utf-8")
     if says is not None:
         dump_json({"do_lower_case": says}, str(tmp_path / "tokenizer_config.json"))
-    assert ours.load_pretrained(BertTokenizer, str(tmp_path)).tokenize("NBA") == ["NBA" if cased else "nba"]
+    monkeypatch.setattr(ours, "pretrained_model", str(tmp_path))
+    dataset = MultiClsDataSet(None, label2idx=LABELS, examples=[("NBA", ())])
+    assert dataset.tokenizer.tokenize("NBA") == ["NBA" if cased else "nba"]
 
 
 @pytest.fixture
@@ -379,50 +457,79 @@ def cache(tmp_path, monkeypatch, encoder_folder):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     real = ours.snapshot_download
     monkeypatch.setattr(ours, "snapshot_download", lambda *a, **k: real(*a, cache_dir=tmp_path / "hub", **k))
-    monkeypatch.setattr(ours, "files_on_hub", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(ours.HfApi, "model_info", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(ours, "pretrained_model", "someone/tiny")
     return snapshot
 
 
+def weights_of(folder):
+    """Return an encoder's weights."""
+    return BertModel.from_pretrained(folder).state_dict()
+
+
 def test_an_encoder_in_the_cache_needs_no_network_call(cache):
-    assert ours.find_encoder("someone/tiny") == (str(cache), "")
+    torch.testing.assert_close(ours.BertMultiLabelCls(16, 3).bert.state_dict(), weights_of(cache))
+    assert MultiClsDataSet(None, label2idx=LABELS, examples=[("中", ())]).input_ids.tolist() == [[2, 5, 3]]
 
 
 def test_a_folder_comes_before_the_cache(cache, tmp_path, monkeypatch, encoder_folder):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(encoder_folder, "someone/tiny")
-    assert ours.find_encoder("someone/tiny") == ("someone/tiny", "")
+    bert = BertModel.from_pretrained(encoder_folder)
+    nn.init.ones_(bert.pooler.dense.bias)
+    bert.save_pretrained("someone/tiny")
+    assert ours.BertMultiLabelCls(16, 3).bert.pooler.dense.bias.tolist() == [1.0] * 16
 
 
-def test_a_cache_without_weights_is_not_enough(cache, monkeypatch):
-    (cache / "model.safetensors").unlink()
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_cache_without_an_essential_file_is_not_enough(cache, monkeypatch, missing):
+    (cache / missing).unlink()
     asked = []
-    monkeypatch.setattr(ours, "files_on_hub", lambda name: asked.append(name) or 1 / 0)
-    assert ours.find_encoder("someone/tiny")[0] is None and asked == ["someone/tiny"]
-
-
-def test_the_hub_is_asked_for_one_form_of_the_weights():
-    names = ["config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt"]
-    assert ours.encoder_files(names)[-1] == "*.safetensors*"
-    assert ours.encoder_files([n for n in names if n != "model.safetensors"])[-1] == "pytorch_model*.bin*"
+    monkeypatch.setattr(ours.HfApi, "model_info", lambda self, name, **_: asked.append(name) or 1 / 0)
+    with pytest.raises(InputError, match="someone/tiny was not found"):
+        if missing == "tokenizer.json":
+            MultiClsDataSet(None, label2idx=LABELS, examples=[("中", ())])
+        else:
+            ours.BertMultiLabelCls(16, 3)
+    assert set(asked) == {"someone/tiny"}
 
 
 def test_a_hub_that_never_answers_is_given_up_in_time(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        search = ("import time, bert_multilabel_cls as b; start = time.time(); "
-                  "print(b.find_encoder(b.pretrained_model)[1]); print(time.time() - start)")
-        run = subprocess.run([sys.executable, "-c", search], cwd=root, capture_output=True, text=True, check=True,
-                             env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
-                                  "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"})
+        search = (
+            "import time, bert_multilabel_cls as b\nstart = time.time()\n"
+            "try:\n    b.BertMultiLabelCls(768, 3)\nexcept b.InputError as error:\n    print(error)\n"
+            "print(time.time() - start)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", search],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={
+                **os.environ,
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
+            },
+        )
     message, seconds = run.stdout.splitlines()
     assert float(seconds) < 10
     assert "HF_ENDPOINT" in message and str(tmp_path) in message and "127.0.0.1" in message
 
 
+class Info:
+    """What the hub says of a repository: the names of its files."""
+
+    def __init__(self, *names):
+        self.siblings = [type("File", (), {"rfilename": name}) for name in names]
+
+
 @pytest.fixture
 def hub(monkeypatch, encoder_folder):
-    """A hub that has the tiny encoder; nothing in the cache. `hub` holds what was downloaded."""
+    """A hub that has the tiny encoder in two formats, and no cache. `hub` holds what was downloaded."""
     downloads = []
 
     def download(name, local_files_only=False, allow_patterns=None):
@@ -430,61 +537,91 @@ def hub(monkeypatch, encoder_folder):
             raise FileNotFoundError("not cached")
         downloads.append(allow_patterns)
         return encoder_folder
-    monkeypatch.setattr(ours, "files_on_hub", lambda name: ["config.json", "model.safetensors", "vocab.txt"])
+
+    files = Info("config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt")
+    monkeypatch.setattr(ours.HfApi, "model_info", lambda *_, **__: files)
     monkeypatch.setattr(ours, "snapshot_download", download)
+    monkeypatch.setattr(ours, "pretrained_model", "someone/tiny")
     return downloads
 
 
-def test_what_is_nowhere_else_is_downloaded(hub, encoder_folder):
-    assert ours.find_encoder("someone/tiny") == (encoder_folder, "")
+def test_what_is_nowhere_else_is_downloaded_in_one_format(hub, monkeypatch, encoder_folder):
+    assert ours.BertMultiLabelCls(16, 3).bert.config.hidden_size == 16
     assert hub == [["config.json", "vocab.txt", "*token*.json", "*.safetensors*"]]
+    monkeypatch.setattr(ours.HfApi, "model_info", lambda *_, **__: Info("config.json", "pytorch_model.bin"))
+    ours.BertMultiLabelCls(16, 3)
+    assert hub[1][-1] == "pytorch_model*.bin*"
 
 
 def test_a_download_that_breaks_off_is_an_error_and_no_reason_for_another_model(hub, monkeypatch):
     def broken(name, **options):
         raise OSError("No space left on device")
+
     monkeypatch.setattr(ours, "snapshot_download", broken)
-    with pytest.raises(InputError, match="the hub has it, but the download failed .No space left"):
-        ours.find_encoder("someone/tiny")
+    with pytest.raises(InputError, match="someone/tiny: the download failed .No space left"):
+        ours.BertMultiLabelCls(16, 3)
 
 
-@pytest.mark.parametrize("part", [BertModel, BertTokenizer])
-def test_what_cannot_be_had_is_an_error_and_quick(offline, part):
-    start = time.time()
-    with pytest.raises(InputError, match="someone/none cannot be had"):
-        ours.load_pretrained(part, "someone/none")
-    assert time.time() - start < 10
+@pytest.mark.parametrize("part", ["network", "tokenizer"])
+def test_what_is_not_found_is_an_error_and_quick(offline, monkeypatch, part):
+    monkeypatch.setattr(ours, "pretrained_model", "someone/none")
+    start_time = time.time()
+    with pytest.raises(InputError, match="someone/none was not found"):
+        if part == "network":
+            ours.BertMultiLabelCls(16, 3)
+        else:
+            MultiClsDataSet(None, label2idx=LABELS, examples=[("中", ())])
+    assert time.time() - start_time < 10
 
 
-def test_a_folder_without_tokenizer_is_an_error(tmp_path, encoder_folder):
+def test_a_folder_without_tokenizer_is_an_error(tmp_path, monkeypatch, encoder_folder):
     BertModel.from_pretrained(encoder_folder).save_pretrained(tmp_path)
+    monkeypatch.setattr(ours, "pretrained_model", str(tmp_path))
     with pytest.raises(InputError, match="no tokenizer files, or an empty vocabulary"):
-        ours.load_pretrained(BertTokenizer, str(tmp_path))
+        MultiClsDataSet(None, label2idx=LABELS, examples=[("中", ())])
 
 
-@pytest.mark.parametrize("precision, device, chosen", [("fp32", "cpu", "fp32"), ("bf16", "cpu", "bf16")])
-def test_a_named_precision_is_taken(precision, device, chosen):
-    assert ours.choose_precision(precision, device) == chosen
-
-
-@pytest.mark.parametrize("able, chosen", [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
-                                          ({"avx512_f": True}, "fp32")])
-def test_auto_takes_bf16_only_where_it_is_native(monkeypatch, able, chosen):
+@pytest.mark.parametrize(
+    "precision, able, chosen",
+    [
+        ("fp32", {"avx512_bf16": True}, "float32"),
+        ("bf16", {}, "bfloat16"),
+        ("auto", {}, "float32"),
+        ("auto", {"avx512_bf16": True}, "bfloat16"),
+        ("auto", {"amx_bf16": True}, "bfloat16"),
+        ("auto", {"avx512_f": True}, "float32"),
+    ],
+)
+def test_a_named_precision_is_taken_and_auto_takes_bf16_only_where_it_is_native(
+    trained, monkeypatch, capsys, precision, able, chosen
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert ours.choose_precision("auto", "cpu") == chosen
+    Path("in.txt").write_text("中\n", encoding="utf-8")
+    for name, value in dict(precision=precision, input_path="in.txt", output_path="out.json").items():
+        monkeypatch.setattr(predict, name, value)
+    predict.main()
+    assert f"device=cpu dtype={chosen} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp16", "half", None])
-def test_a_precision_that_cannot_be_is_an_error(precision):
+def test_a_precision_that_cannot_be_is_an_error(trained, monkeypatch, precision):
+    monkeypatch.setattr(predict, "precision", precision)
     with pytest.raises(InputError, match="precision = "):
-        ours.choose_precision(precision, "cpu")
+        predict.predict(["中"])
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 0), ("bf16", 0.02)])
-def test_gather_probs_keeps_the_order_of_the_batches(model, inputs, precision, tolerance):
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("bf16", 0.02)])
+def test_dev_keeps_the_order_of_the_batches(model, inputs, monkeypatch, precision, tolerance):
     labels = torch.eye(3)[:2]
     batches = [tuple(t[[1]] for t in (*inputs, labels)), tuple(t[[0]] for t in (*inputs, labels))]
-    probs, gathered = ours.gather_probs(model.train(), batches, precision)
-    torch.testing.assert_close(probs, model.eval()(*inputs)[[1, 0]].detach(), atol=tolerance or 1e-6, rtol=0)
-    assert torch.equal(gathered, labels[[1, 0]]) and probs.dtype == torch.float32
-    assert ours.gather_probs(model, [inputs])[1] is None
+
+    class Loader(list):
+        batch_size = 1
+
+    monkeypatch.setattr(train, "precision", precision)
+    monkeypatch.setattr(train, "device", "cpu")
+    loss, acc, probs = train.dev(model.train(), Loader(batches), nn.BCELoss(), return_probs=True)
+    expected = model.eval()(*inputs)[[1, 0]].detach()
+    torch.testing.assert_close(probs, expected, atol=tolerance, rtol=0)
+    assert loss == pytest.approx(nn.BCELoss()(expected, labels[[1, 0]]).item(), abs=tolerance)
+    assert acc == train.get_acc_score(labels[[1, 0]], probs) and probs.dtype == torch.float32

@@ -1,18 +1,23 @@
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch.utils.data import DataLoader
 from transformers import BertModel, BertTokenizer
 
+import bert_multilabel_cls
 import data_helper
-from bert_multilabel_cls import load_pretrained
-from conftest import EXAMPLES, root, write_jsonl
+import data_preprocess
+import train
+from bert_multilabel_cls import BertMultiLabelCls
+from conftest import EXAMPLES, finish, root, start, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -32,7 +37,9 @@ def test_tensors_mean_what_their_names_say(dataset):
     assert dataset.token_type_ids[0].tolist() == [0] * 10
     assert dataset.labels.tolist()[:2] == [[1, 1, 0, 0], [0, 0, 1, 1]] and dataset.labels[5].sum() == 0
     assert dataset.labels.dtype == torch.float32 and dataset.labels.shape == (6, 4)
-    assert {t.dtype for t in (dataset.input_ids, dataset.attention_mask, dataset.token_type_ids)} == {torch.int64}
+    assert {t.dtype for t in (dataset.input_ids, dataset.attention_mask, dataset.token_type_ids)} == {
+        torch.int64
+    }
     assert dataset.class_num == 4 and dataset.max_len == 16 and len(dataset) == 6
 
 
@@ -53,7 +60,9 @@ def test_encoder_returns_ids_types_mask_labels(dataset, tmp_path):
 def test_plain_data_loader_works(dataset):
     batches = list(DataLoader(dataset, batch_size=4))
     assert [[tuple(t.shape) for t in batch] for batch in batches] == [
-        [(4, 10), (4, 10), (4, 10), (4, 4)], [(2, 10), (2, 10), (2, 10), (2, 4)]]
+        [(4, 10), (4, 10), (4, 10), (4, 4)],
+        [(2, 10), (2, 10), (2, 10), (2, 4)],
+    ]
 
 
 def test_defaults_come_from_the_constants(project):
@@ -79,138 +88,244 @@ def test_a_missing_label_index_names_the_remedy(tmp_path, tokenizer):
         MultiClsDataSet("a.json", tokenizer=tokenizer, label2idx_path=str(tmp_path / "none.json"))
 
 
-@pytest.mark.parametrize("max_len", [-1, 0, 2])
+def encode(tokenizer, texts, max_len=128, keep_tail=0):
+    """Return a dataset of texts without labels."""
+    examples = [(text, ()) for text in texts]
+    return MultiClsDataSet(None, max_len, None, tokenizer, LABEL2IDX, keep_tail, examples)
+
+
+def tokens_of(dataset, row):
+    """Return the tokens of a text, without padding."""
+    ids = dataset.input_ids[row, : dataset.lengths[row]]
+    return dataset.tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+@pytest.mark.parametrize("max_len", [-1, 0, 2, 8.0, "8"])
 def test_max_len_must_leave_room_for_text(tokenizer, max_len):
     with pytest.raises(InputError, match="max_len = "):
-        data_helper.tokenize(tokenizer, ["中"], max_len)
+        encode(tokenizer, ["中"], max_len)
 
 
 @pytest.mark.parametrize("text", ["", "😀", "龘" * 50, "中" * 100_000, "\x00\u200b"])
 def test_odd_texts_are_encoded(tokenizer, text):
-    ids, lengths, cut = data_helper.tokenize(tokenizer, [text, "中超"], 16)
-    assert len(ids) == lengths.sum() and 2 <= lengths[0] <= 16 and ids[0] == 2 and ids[lengths[0] - 1] == 3
-    assert cut == (len(text) >= 50)
+    dataset = encode(tokenizer, [text, "中超"], 16)
+    tokens = tokens_of(dataset, 0)
+    assert 2 <= len(tokens) <= 16 and tokens[0] == "[CLS]" and tokens[-1] == "[SEP]"
+    assert dataset.num_truncated == (len(text) >= 50)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 6, 1000])
 def test_tokens_are_those_of_the_tokenizer_in_any_chunks(tokenizer, monkeypatch, chunk):
-    monkeypatch.setattr(data_helper, "chunk_texts", chunk)
+    monkeypatch.setattr(data_helper, "tokenize_chunk_size", chunk)
     texts = [text for text, _ in EXAMPLES] + ["中" * 5000]  # with which a chunk of 1 or 2 is full
-    ids, lengths, _ = data_helper.tokenize(tokenizer, (text for text in texts), 7)
+    dataset = encode(tokenizer, texts, 7)
     expected = tokenizer(texts, padding=True, truncation=True, max_length=7, return_tensors="pt")
-    found = data_helper.pad(ids, data_helper.starts_of(lengths), lengths, tokenizer.pad_token_id)
-    for tensor, name in zip(found, ("input_ids", "attention_mask", "token_type_ids")):
-        assert torch.equal(tensor, expected[name]), name
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert torch.equal(getattr(dataset, name), expected[name]), name
 
 
-@pytest.mark.parametrize("length, keep_tail, kept", [
-    (6, 0, "中超股市"), (6, 1, "中超股分"), (6, 3, "中球得分"), (6, 4, "门球得分"), (12, 4, "中超股市今日门球得分"), (13, 4, None)])
+@pytest.mark.parametrize(
+    "length, keep_tail, kept",
+    [
+        (6, 0, "中超股市"),
+        (6, 1, "中超股分"),
+        (6, 3, "中球得分"),
+        (6, 4, "门球得分"),
+        (12, 4, "中超股市今日门球得分"),
+        (13, 4, None),
+    ],
+)
 def test_of_a_longer_text_start_and_end_are_kept(tokenizer, length, keep_tail, kept):
     text = "中超股市今日大门球得分"
-    ids, lengths, cut = data_helper.tokenize(tokenizer, ["中", text], length, keep_tail)
-    assert tokenizer.convert_ids_to_tokens(ids[3:].tolist()) == ["[CLS]", *(kept or text), "[SEP]"]
-    assert (lengths.tolist(), cut) == ([3, min(length, 13)], 0 if kept is None else 1)
+    dataset = encode(tokenizer, ["中", text], length, keep_tail)
+    assert tokens_of(dataset, 1) == ["[CLS]", *(kept or text), "[SEP]"]
+    assert dataset.lengths.tolist() == [3, min(length, 13)] and dataset.num_truncated == (kept is not None)
 
 
 @pytest.mark.parametrize("keep_tail", [-1, 5, 1.0, "2"])
 def test_keep_tail_must_fit_into_max_len(tokenizer, keep_tail):
-    with pytest.raises(InputError, match=f"keep_tail = {keep_tail!r}: must be a whole number, from 0 to 4"):
-        data_helper.tokenize(tokenizer, ["中"], 6, keep_tail)
+    with pytest.raises(InputError, match=f"keep_tail = {keep_tail!r}: must be an integer, from 0 to 4"):
+        encode(tokenizer, ["中"], 6, keep_tail)
 
 
 def test_the_end_of_a_text_of_10_mb_is_seen_without_tokenizing_it_whole(tokenizer):
-    start = time.perf_counter()
-    ids, _, _ = data_helper.tokenize(tokenizer, ["中" + "大" * 3_400_000 + "球门"], 8, 2)
-    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["[CLS]", *"中大大大球门", "[SEP]"]
-    assert time.perf_counter() - start < 2
+    start_time = time.perf_counter()
+    dataset = encode(tokenizer, ["中" + "大" * 3_400_000 + "球门"], 8, 2)
+    assert tokens_of(dataset, 0) == ["[CLS]", *"中大大大球门", "[SEP]"]
+    assert time.perf_counter() - start_time < 2
 
 
-def test_a_dataset_counts_the_texts_that_it_cuts(tmp_path, tokenizer):
+def test_a_dataset_counts_the_texts_that_it_truncates(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.json", [("中超股市", []), ("中超股市今", []), ("中超股市今日", [])])
     dataset = MultiClsDataSet(path, 6, tokenizer=tokenizer, label2idx=LABEL2IDX, keep_tail=1)
-    assert dataset.cut == 2
+    assert dataset.num_truncated == 2
     assert dataset.input_ids[:, 4].tolist() == tokenizer.convert_tokens_to_ids(["市", "今", "日"])
 
 
 def test_padding_is_the_pad_token_of_the_tokenizer():
-    ids, mask, _ = data_helper.pad(torch.tensor([4, 5, 6]), torch.tensor([0, 2]), torch.tensor([2, 1]), 9, longest=3)
-    assert ids.tolist() == [[4, 5, 9], [6, 9, 9]] and mask.tolist() == [[1, 1, 0], [1, 0, 0]]
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "超", "[PAD]"]
+    tokenizer = BertTokenizer(vocab={token: idx for idx, token in enumerate(vocabulary)})
+    dataset = encode(tokenizer, ["中超", "中"])
+    assert dataset.input_ids.tolist() == [[1, 4, 5, 2], [1, 4, 2, 6]]
+    assert dataset.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
-def test_by_length_holds_every_index_once_longest_first(dataset, batch_size):
-    batches = data_helper.by_length(dataset.lengths, batch_size)
-    order = [index for batch in batches for index in batch]
-    lengths = dataset.attention_mask.sum(1)[order].tolist()
-    assert sorted(order) == list(range(6)) and lengths == sorted(lengths, reverse=True)
-    assert max(map(len, batches)) <= batch_size
-
-
-def test_batches_are_cut_to_their_own_longest_text(dataset):
-    short, long = data_helper.load_batches(dataset, [[0, 1, 5], [4]])
+def test_a_list_as_index_is_a_batch_padded_to_its_own_longest_text(dataset):
+    short, long = dataset[[0, 1, 5]], dataset[[4]]
     assert [tuple(t.shape) for t in short] == [(3, 6), (3, 6), (3, 6), (3, 4)]
     assert [tuple(t.shape) for t in long] == [(1, 10), (1, 10), (1, 10), (1, 4)]
     assert torch.equal(short[0][1], dataset.input_ids[1, :6]) and torch.equal(short[3][1], dataset.labels[1])
     assert {t.dtype for t in short[:3]} == {torch.int64} and short[3].dtype == torch.float32
 
 
-@pytest.mark.parametrize("round_to, longest", [(1, 6), (4, 8), (8, 8), (12, 12), (32, 16)])  # max_len is 16
-def test_lengths_may_be_rounded_up(dataset, round_to, longest):
-    dataset.round_to = round_to
+@pytest.mark.parametrize("multiple, longest", [(1, 6), (4, 8), (8, 8), (12, 12), (32, 16)])  # max_len is 16
+def test_lengths_may_be_rounded_up(dataset, multiple, longest):
+    dataset.pad_to_multiple_of = multiple
     ids, mask, _, _ = dataset[[0, 1]]
     assert ids.shape == (2, longest) and mask.sum() == 12
 
 
-def test_grouped_batches_hold_every_text_once_and_change_with_the_seed(monkeypatch):
-    monkeypatch.setattr(data_helper, "mega_batches", 6)
-    lengths = torch.arange(1, 101)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
-    first, again, other = (data_helper.grouped_batches(lengths, 8, seed) for seed in (1, 1, 2))
-    assert sorted(index for batch in first for index in batch) == list(range(100))
-    assert first == again != other and max(map(len, first)) == 8
-    spread = [int(lengths[batch].max() - lengths[batch].min()) for batch in first if len(batch) == 8]
-    assert sum(spread) / len(spread) < 40  # similar lengths together: 8 of 1 to 100 at random spread over 79
-    longest = [int(lengths[batch].max()) for batch in first]
-    assert longest != sorted(longest, reverse=True)  # but long batches do not all come first
+def watch_batches(monkeypatch):
+    """Return two lists that take the ids (B, T) of each batch: in training, and in evaluation."""
+    seen, real = {True: [], False: []}, BertMultiLabelCls.forward
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        seen[self.training].append(
+            [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask)]
+        )
+        return real(self, input_ids, attention_mask, token_type_ids)
+
+    monkeypatch.setattr(BertMultiLabelCls, "forward", forward)
+    return seen[True], seen[False]
+
+
+def number_text(n):
+    """Return a text of its own for each n, n // 40 + 5 characters long."""
+    return "".join("中超股市"[n // 4**digit % 4] for digit in range(5)) + "今" * (n // 40)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_evaluation_sees_every_text_once_longest_first(project, monkeypatch, batch_size):
+    _, batches = watch_batches(monkeypatch)
+    model = BertMultiLabelCls(None, 4)
+    monkeypatch.setattr(train, "batch_size", batch_size)
+    bert_multilabel_cls.save_model(
+        model, BertTokenizer.from_pretrained(bert_multilabel_cls.pretrained_model), LABEL2IDX, "./model"
+    )
+    train.test("./model", "./data/dev.json")
+    lengths = [len(ids) for batch in batches for ids in batch]
+    assert lengths == sorted(lengths, reverse=True) and max(map(len, batches)) <= batch_size
+    texts = MultiClsDataSet("./data/dev.json")
+    assert sorted(ids for batch in batches for ids in batch) == sorted(
+        row[:length].tolist() for row, length in zip(texts.input_ids, texts.lengths)
+    )
+
+
+def test_an_epoch_holds_every_text_once_in_batches_of_similar_length(project, monkeypatch):
+    """Another order in each epoch and with each seed; long batches do not all come first."""
+    monkeypatch.setattr(data_helper, "mega_batch_mult", 25)
+    write_jsonl("data/train.json", [(number_text(n), ["体育"]) for n in range(200)])
+    batches, _ = watch_batches(monkeypatch)
+    for name, value in dict(batch_size=8, epochs=2).items():
+        monkeypatch.setattr(train, name, value)
+    train.train()
+    first, second = batches[:25], batches[25:]
+    for epoch in (first, second):
+        assert len({tuple(ids) for batch in epoch for ids in batch}) == 200 and {*map(len, epoch)} == {8}
+        spread = [max(map(len, batch)) - min(map(len, batch)) for batch in epoch]
+        assert sum(spread) / len(spread) < 1  # at random it is 3
+        longest = [max(map(len, batch)) for batch in epoch]
+        assert longest != sorted(longest, reverse=True)
+    assert first != second
+    batches.clear()
+    train.train()
+    assert batches[:25] == first
+    batches.clear()
+    monkeypatch.setattr(train, "seed", 7)
+    train.train()
+    assert batches[:25] not in (first, second)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
-def test_each_step_is_the_mean_over_its_texts(processes, accumulation):
-    """Gradients of the losses `values`: averaged over the processes, added up over a step's batches."""
-    values = torch.arange(22.0) ** 2
-    batches = [list(range(start, min(start + 7, 22))) for start in range(0, 22, 7)]  # the last holds one text
-    runs = [list(data_helper.parts_of_steps(batches, accumulation, rank, processes)) for rank in range(processes)]
-    steps, step, texts = [], 0.0, []
-    for number, parts in enumerate(zip(*runs)):
-        assert sorted(i for part, share, _ in parts if share for i in part) == batches[number]  # every text once
-        step += sum(values[part].mean() * share for part, share, _ in parts) / processes
-        texts += batches[number]
-        if parts[0][2]:
-            steps.append((step.item(), values[texts].mean().item()))
-            step, texts = 0.0, []
-    assert not texts and len(steps) == -(-4 // accumulation)
-    for got, expected in steps:
-        assert got == pytest.approx(expected)
+def test_each_step_is_the_mean_over_its_texts(project, tmp_path, encoder_folder, processes, accumulation):
+    """22 texts in batches of 7: the last holds one, of which the other processes get none.
+
+    The gradient of the classifier's bias is then the mean of probability − label, whatever was done before.
+    """
+    write_jsonl("data/train.json", [(number_text(n), ["体育", "股市"][: n % 3]) for n in range(22)])
+    code = f"""
+import json, os, torch, train, bert_multilabel_cls
+bert_multilabel_cls.pretrained_model = {encoder_folder!r}
+constants = dict(device="cpu", precision="fp32", epochs=1, batch_size={6 // processes}, max_len=16, lr=0.0,
+                 tensorboard_name="", dropout=0.0, max_grad_norm=0, accumulation_steps={accumulation})
+for name, value in constants.items():
+    setattr(train, name, value)
+seen, real_forward = [], bert_multilabel_cls.BertMultiLabelCls.forward
+def forward(self, *inputs):
+    probs = real_forward(self, *inputs)
+    if self.training:
+        seen.append([inputs[0].tolist(), probs.detach().tolist()])
+        self.train(False)
+        probs = real_forward(self, *inputs)  # without the encoder's dropout
+        self.train(True)
+        seen[-1][1] = probs.detach().tolist()
+    return probs
+bert_multilabel_cls.BertMultiLabelCls.forward = forward
+steps, real_step = [], torch.optim.AdamW.step
+def step(self, *arguments, **options):
+    [bias] = [p for group in self.param_groups for p in group["params"] if p.shape == (4,)]
+    steps.append([list(seen), bias.grad.tolist()])
+    seen.clear()
+    return real_step(self, *arguments, **options)
+torch.optim.AdamW.step = step
+train.run_script(train.train)
+json.dump(steps, open("steps" + os.environ.get("RANK", "0"), "w", encoding="utf-8"))
+"""
+    exit_code, _, err = finish(start(code, processes))
+    assert exit_code == 0, err
+    dataset = MultiClsDataSet("./data/train.json", 16)
+    labels = {
+        tuple(row[:n].tolist()): y for row, n, y in zip(dataset.input_ids, dataset.lengths, dataset.labels)
+    }
+    ranks = [data_preprocess.load_json(f"steps{rank}") for rank in range(processes)]
+    total = 0
+    for parts in zip(*ranks):
+        errors = {}
+        for seen, _ in parts:
+            for ids, probs in seen:
+                for row, prob in zip(ids, probs):
+                    text = tuple(token for token in row if token)
+                    errors[text] = torch.tensor(prob) - labels[text]
+        total += len(errors)
+        mean = torch.stack([*errors.values()]).mean(0) / 4  # BCELoss is the mean over the labels too
+        for _, gradient in parts:
+            torch.testing.assert_close(torch.tensor(gradient), mean, atol=1e-6, rtol=1e-4)
+    assert total == 22 and len(ranks[0]) == -(-4 // accumulation)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
 def test_a_large_file_is_read_fast_and_kept_small(tmp_path, encoder_folder):
-    """In a process of its own, for its peak: kept 4 bytes a token and 1 a label, at most half as much on top."""
-    path = write_jsonl(tmp_path / "a.json", [("中超股市今日开赛大涨球" * 5, ["体育"])] * 40_000)  # 55 characters
+    """In its own process, for the peak: stored 4 bytes a token and 1 a label, at most half of it on top."""
+    path = write_jsonl(
+        tmp_path / "a.json", [("中超股市今日开赛大涨球" * 5, ["体育"])] * 40_000
+    )  # 55 characters
     measure = f"""
 import resource, time, data_helper
 from data_helper import MultiClsDataSet, BertTokenizer
 tokenizer = BertTokenizer.from_pretrained({encoder_folder!r})
 labels = dict((f"标签{{n}}", n) for n in range(299)) | {{"体育": 299}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-MultiClsDataSet({path!r}, 128, tokenizer=tokenizer, label2idx={{"体育": 0}})  # what tokenizing needs of its own
+MultiClsDataSet({path!r}, 128, tokenizer=tokenizer, label2idx={{"体育": 0}})  # tokenizing itself
 before, start = peak(), time.perf_counter()
 dataset = MultiClsDataSet({path!r}, 128, tokenizer=tokenizer, label2idx=labels)
 seconds = time.perf_counter() - start
 kept = sum(t.numel() * t.element_size() for t in vars(dataset).values() if hasattr(t, "numel"))
 print(kept, peak() - before, len(dataset) / seconds)
 """
-    run = subprocess.run([sys.executable, "-c", measure], cwd=root, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", measure], cwd=root, capture_output=True, text=True, check=True
+    )
     kept, peak, speed = map(float, run.stdout.split())
     assert kept == 40_000 * (57 * 4 + 300 + 8 + 8) and peak < 1.5 * kept
     assert speed > 2000  # one thread of a busy machine; README has what two cores do
@@ -218,86 +333,182 @@ print(kept, peak() - before, len(dataset) / seconds)
 
 def test_a_large_batch_costs_little_more_than_a_small_one(dataset):
     """It is one index operation: 500 times the texts take far less than 500 times the time."""
+
     def seconds(batch):
         start = time.perf_counter()
         for _ in range(20):
             dataset[batch]
         return time.perf_counter() - start
+
     dataset[[0]]
     assert min(seconds([1] * 500) for _ in range(3)) < 50 * min(seconds([1]) for _ in range(3))
 
 
-TRUTH = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
-PROBS = torch.tensor([[0.9, 0.6, 0.1], [0.3, 0.8, 0.1], [0.2, 0.4, 0.1], [0.1, 0.1, 0.1]])
+TRUTH = [["a"], ["a", "b"], ["b"], []]
+PROBS = [[0.9, 0.6, 0.1], [0.3, 0.8, 0.1], [0.2, 0.4, 0.1], [0.1, 0.1, 0.1]]
 
 
-def test_summary_is_what_scikit_learn_says():
-    scores = data_helper.summary(TRUTH, PROBS)
+def train_with_probs(monkeypatch, truth, probs, names=("a", "b", "c"), min_label_support=2):
+    """Train for one epoch, with these labels and probabilities on dev and test; return metrics.json."""
+    write_jsonl("data/train.json", [("中", list(names)), ("超", [])])
+    for name in ("dev", "test"):
+        write_jsonl(f"data/{name}.json", [(number_text(n), labels) for n, labels in enumerate(truth)])
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    real = train.dev
+
+    def dev(model, dataloader, criterion, return_probs=False):
+        loss, _, _ = real(model, dataloader, criterion, return_probs=True)
+        acc = train.get_acc_score(dataloader.dataset.labels, torch.tensor(probs))
+        return (loss, acc, torch.tensor(probs)) if return_probs else (loss, acc)
+
+    monkeypatch.setattr(train, "dev", dev)
+    for name, value in dict(epochs=1, min_label_support=min_label_support).items():
+        monkeypatch.setattr(train, name, value)
+    train.train()
+    return data_preprocess.load_json("model/metrics.json")
+
+
+def matrix(truth, names=("a", "b", "c")):
+    """Return the labels as a matrix of 0 and 1."""
+    return [[int(name in labels) for name in names] for labels in truth]
+
+
+def test_metrics_are_what_scikit_learn_says(project, monkeypatch):
+    metrics = train_with_probs(monkeypatch, TRUTH, PROBS)["test"]
     # per label: 1 of 1 right and 1 of 2 found; 1 of 2 right and 1 of 2 found; no example, nothing predicted
-    assert scores == pytest.approx(dict(accuracy=0.25, hamming_loss=3 / 12, micro_precision=2 / 3, micro_recall=0.5,
-                                        micro_f1=4 / 7, macro_precision=0.5, macro_recall=1 / 3,
-                                        macro_f1=(2 / 3 + 1 / 2 + 0) / 3))
-    truth, predicted = TRUTH.numpy(), (PROBS > 0.5).numpy()
-    assert scores["micro_f1"] == pytest.approx(f1_score(truth, predicted, average="micro"))
-    assert scores["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
+    expected = dict(
+        accuracy=0.25, hamming_loss=3 / 12, micro_precision=2 / 3, micro_recall=0.5, micro_f1=4 / 7
+    )
+    expected |= dict(macro_precision=0.5, macro_recall=1 / 3, macro_f1=(2 / 3 + 1 / 2 + 0) / 3)
+    assert metrics["at_0.5"] == pytest.approx(expected)
+    truth, predicted = matrix(TRUTH), [[int(p > 0.5) for p in row] for row in PROBS]
+    for average in ("micro", "macro"):
+        assert metrics["at_0.5"][f"{average}_f1"] == pytest.approx(
+            f1_score(truth, predicted, average=average, zero_division=0)
+        )
+    columns = precision_recall_fscore_support(truth, predicted, zero_division=0)
+    for name, *row in zip("abc", *columns):
+        assert list(metrics["by_label"][name].values()) == pytest.approx(row)
 
 
-def test_one_label_is_measured_as_that_label():
-    scores = data_helper.summary(TRUTH[:, :1], PROBS[:, :1])
-    assert (scores["micro_f1"], scores["macro_f1"]) == pytest.approx((2 / 3, 2 / 3))
-    assert data_helper.all_scores(TRUTH[:, :1], PROBS[:, :1], ["a"], {})["by_label"]["a"]["support"] == 2
+def test_one_label_is_measured_as_that_label(project, monkeypatch):
+    truth, probs = [[*{"a"} & {*labels}] for labels in TRUTH], [row[:1] for row in PROBS]
+    metrics = train_with_probs(monkeypatch, truth, probs, ("a",))["test"]
+    assert (metrics["at_0.5"]["micro_f1"], metrics["at_0.5"]["macro_f1"]) == pytest.approx((2 / 3, 2 / 3))
+    assert metrics["by_label"]["a"]["support"] == 2
 
 
-def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples():
-    tuned = data_helper.tune_thresholds(TRUTH, PROBS, 2)
+def best_threshold(truth, probs):
+    """Return the thresholds with the best F1, by trying all; of equals those nearest to 0.5."""
+    scores = {}
+    for percent in range(5, 96):
+        predicted = [p > torch.tensor(percent / 100) for p in torch.tensor(probs)]
+        both = sum(int(p and t) for p, t in zip(predicted, truth))
+        scores[percent / 100] = (2 * both / max(1, sum(map(int, predicted)) + sum(truth)), -abs(percent - 50))
+    best = max(scores.values())
+    return [threshold for threshold, score in scores.items() if score == best]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_thresholds_are_those_that_are_best_of_all(project, monkeypatch, seed):
+    """Probabilities that stand on thresholds, too; a label without examples, one with too few."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ("a", "b", "c", "d")
+    truth = [
+        [name for name, share in zip(names, (0.5, 0.3, 0.1, 0.0)) if r < share]
+        for r in torch.rand(30, generator=generator).tolist()
+    ]
+    probs = (torch.rand(30, 4, generator=generator) * 100).round() / 100
+    probs += 0.2 * torch.tensor(matrix(truth, names))
+    probs = probs.clamp(max=1).tolist()
+    tuned = train_with_probs(monkeypatch, truth, probs, names, min_label_support=5)["thresholds"]
+    columns = list(zip(*matrix(truth, names)))
+    flat = [value for row in matrix(truth, names) for value in row]
+    assert tuned["single"] in best_threshold(flat, [p for row in probs for p in row])
+    for column, threshold, values in zip(columns, tuned["by_label"], zip(*probs)):
+        expected = [tuned["single"]] if sum(column) < 5 else best_threshold(column, list(values))
+        assert threshold in expected
+
+
+def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(project, monkeypatch):
+    metrics = train_with_probs(monkeypatch, TRUTH, PROBS)
+    tuned = metrics["thresholds"]
     assert 0.2 <= tuned["by_label"][0] < 0.3  # finds both examples of the first label, and no more
     assert tuned["by_label"][2] == tuned["single"]  # no example
-    best = max(data_helper.summary(TRUTH, PROBS, t / 100)["micro_f1"] for t in range(5, 96))
-    assert data_helper.summary(TRUTH, PROBS, tuned["single"])["micro_f1"] == pytest.approx(best)
-    scores = data_helper.all_scores(TRUTH, PROBS, ["a", "b", "c"], tuned)
-    assert scores["at_by_label"]["micro_f1"] >= scores["at_0.5"]["micro_f1"]
+    assert metrics["dev"]["at_by_label"]["micro_f1"] >= metrics["dev"]["at_0.5"]["micro_f1"]
+    assert data_preprocess.load_json("model/config.json")["thresholds"] == tuned
 
 
-def test_among_equal_thresholds_the_nearest_to_one_half_is_taken():
-    assert data_helper.best_threshold(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.1])) == 0.5
+def test_among_equal_thresholds_the_nearest_to_one_half_is_taken(project, monkeypatch):
+    metrics = train_with_probs(monkeypatch, [["a"], []], [[0.9], [0.1]], ("a",), min_label_support=1)
+    assert metrics["thresholds"] == {"single": 0.5, "by_label": [0.5]}
 
 
-def test_errors_come_with_the_most_confident_first():
-    errors = data_helper.find_errors(["a", "b", "c", "d"], TRUTH, PROBS, ["x", "y", "z"])
-    assert errors == [{"text": "b", "true": ["x", "y"], "predicted": ["y"], "probability": {"x": 0.3, "y": 0.8}},
-                      {"text": "a", "true": ["x"], "predicted": ["x", "y"], "probability": {"x": 0.9, "y": 0.6}},
-                      {"text": "c", "true": ["y"], "predicted": [], "probability": {"y": 0.4}}]
+def test_errors_come_with_the_most_confident_first(project, monkeypatch):
+    train_with_probs(monkeypatch, TRUTH, PROBS)
+    errors = [json.loads(line) for line in open("model/errors.jsonl", encoding="utf-8")]
+    texts = [number_text(n) for n in range(4)]
+    assert errors == [
+        {"text": texts[1], "true": ["a", "b"], "predicted": ["b"], "probability": {"a": 0.3, "b": 0.8}},
+        {"text": texts[0], "true": ["a"], "predicted": ["a", "b"], "probability": {"a": 0.9, "b": 0.6}},
+        {"text": texts[2], "true": ["b"], "predicted": [], "probability": {"b": 0.4}},
+    ]
+
+
+def train_from_scratch(monkeypatch, texts):
+    """Train without a hub on these texts, one of which has a label."""
+    write_jsonl("data/train.json", [(text, ["体育"][: 1 - n]) for n, text in enumerate(texts)])
+    for name in ("dev", "test"):
+        shutil.copy("data/train.json", f"data/{name}.json")
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", bert_multilabel_cls.default_model)
+    monkeypatch.setattr(train, "scratch_epochs", 1)
+    train.train()
 
 
 TEXTS = ["今天股市大涨，股市成交放量", "股市低开 vs 高开 vs 平开", "vs 股市"] * 3
 
 
-def test_scratch_encoder_is_an_ordinary_folder(tmp_path):
-    data_helper.build_scratch_encoder(TEXTS, str(tmp_path))
-    tokenizer = load_pretrained(BertTokenizer, str(tmp_path))
-    bert = load_pretrained(BertModel, str(tmp_path))
+def test_the_scratch_encoder_is_an_ordinary_folder(project, monkeypatch, offline):
+    train_from_scratch(monkeypatch, TEXTS)
+    tokenizer = BertTokenizer.from_pretrained("model/scratch_encoder")
+    bert = BertModel.from_pretrained("model/scratch_encoder")
     assert tokenizer.tokenize("股市低放 VS 龘") == ["股市", "低", "放", "vs", "[UNK]"]
     assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 256
     assert bert.config.num_hidden_layers == 4
 
 
-@pytest.mark.parametrize("texts", [["a a a"], ["啊 啊"], ["中"], ["你好", "天下"], ["股市大涨" * 100_000], ["", "a b"]])
-def test_scratch_encoder_of_odd_texts_is_finite(tmp_path, texts):
-    data_helper.build_scratch_encoder(texts, str(tmp_path))
-    assert load_pretrained(BertModel, str(tmp_path)).embeddings.word_embeddings.weight.isfinite().all()
-    assert len(load_pretrained(BertTokenizer, str(tmp_path))) > 5
+@pytest.mark.parametrize(
+    "texts", [["a a a"], ["啊 啊"], ["中"], ["你好", "天下"], ["股市大涨" * 100_000], ["", "a b"]]
+)
+def test_a_scratch_encoder_of_odd_texts_is_finite(project, monkeypatch, offline, texts):
+    train_from_scratch(monkeypatch, texts)
+    bert = BertModel.from_pretrained("model/scratch_encoder")
+    assert bert.embeddings.word_embeddings.weight.isfinite().all()
+    assert len(BertTokenizer.from_pretrained("model/scratch_encoder")) > 5
 
 
-def test_scratch_encoder_is_the_same_under_any_hash_seed(tmp_path):
-    texts = [f"{text}{chr(0x4e00 + n * 37 % 50)}{chr(0x4e00 + n * 13 % 50)}" for n, text in enumerate(TEXTS * 20)]
-    path = write_jsonl(tmp_path / "a.json", [(text, []) for text in texts])
-    build = ("import sys, data_helper as h, data_preprocess as d; "
-             "h.build_scratch_encoder([t for t, _ in d.read_examples(sys.argv[1])], sys.argv[2])")
+def test_the_scratch_encoder_is_the_same_under_any_hash_seed(project, tmp_path):
+    texts = [
+        f"{text}{chr(0x4E00 + n * 37 % 50)}{chr(0x4E00 + n * 13 % 50)}" for n, text in enumerate(TEXTS * 20)
+    ]
+    write_jsonl("data/train.json", [(text, ["体育"]) for text in texts])
+    code = "import sys, train\ntrain.scratch_epochs, train.device = 1, 'cpu'\n"
+    code += "train.save_model_path = sys.argv[1]\ntrain.train()"
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    for name in ("dev", "test"):
+        write_jsonl(f"data/{name}.json", [("股市", ["体育"])])
     digests = []
     for seed in ("1", "2"):
-        folder = tmp_path / seed
-        subprocess.run([sys.executable, "-c", build, path, folder], cwd=root, check=True, capture_output=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed})
-        digests.append({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()})
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
+        subprocess.run([sys.executable, "-c", code, seed], check=True, capture_output=True, env=environment)
+        files = (tmp_path / seed / "scratch_encoder").iterdir()
+        digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
     assert digests[0] == digests[1]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= digests[0].keys()
+
+
+def test_the_script_prints_the_tensors_of_the_training_file(project, capsys):
+    data_helper.main()
+    printed = capsys.readouterr().out
+    assert printed.count("tensor(") == 4

@@ -6,28 +6,38 @@ import sys
 import pytest
 
 import data_preprocess
+import train
 from conftest import EXAMPLES, root, write_jsonl
+from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
 
-@pytest.mark.parametrize("ratio, max_len", [(1e-9, 3), (0.1, 3), (0.5, 7), (0.7, 9), (0.9, 11), (0.91, 12), (1, 12)])
-def test_covering_max_len_counts_cls_and_sep(ratio, max_len):
-    assert data_preprocess.covering_max_len(list(range(10, 0, -1)), ratio) == max_len
+@pytest.mark.parametrize(
+    "ratio, max_len", [(1e-9, 3), (0.1, 3), (0.5, 7), (0.7, 9), (0.9, 11), (0.91, 12), (1, 12)]
+)
+def test_the_suggested_max_len_covers_the_share_with_cls_and_sep(tmp_path, capsys, ratio, max_len):
+    path = write_jsonl(tmp_path / "a.json", [("字" * n, ["x"]) for n in range(10, 0, -1)])
+    data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"), ratio)
+    assert f"length   max_len={max_len} covers={100 * ratio:g}% longest=12 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01])
-def test_covering_max_len_refuses_a_ratio_out_of_range(ratio):
+def test_a_ratio_out_of_range_is_refused(tmp_path, ratio):
+    path = write_jsonl(tmp_path / "a.json", EXAMPLES)
     with pytest.raises(InputError, match="max_len_ratio"):
-        data_preprocess.covering_max_len([1, 2], ratio)
+        data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"), ratio)
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_preprocess_sorts_labels_and_says_what_it_found(tmp_path, capsys):
     path = write_jsonl(tmp_path / "train.json", EXAMPLES)
     data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"), 0.5)
-    assert data_preprocess.load_json(tmp_path / "label2idx.json") == {"中超": 0, "体育": 1, "股市": 2, "财经": 3}
+    label2idx = data_preprocess.load_json(tmp_path / "label2idx.json")
+    assert label2idx == {"中超": 0, "体育": 1, "股市": 2, "财经": 3}
     printed = capsys.readouterr().out
-    assert "count=6 labels=4 labels_per_text=1.67 fewest=0 most=4" in printed
-    assert "counted=characters max_len=6 covers=50% longest=10 cut_at_6=2 cut_at_128=0 cut_at_512=0\n" in printed
+    assert "texts    count=6 labels=4 labels_per_text=1.67 max_labels=4 without_label=1\n" in printed
+    lengths = "max_len=6 covers=50% longest=10 truncated_at_6=2 truncated_at_128=0 truncated_at_512=0\n"
+    assert f"length   {lengths}" in printed
     assert 'fewer_than=5_examples names={"中超": 2, "体育": 3, "股市": 2, "财经": 3}' in printed
 
 
@@ -36,17 +46,25 @@ def test_label_index_is_the_same_under_any_hash_seed(tmp_path):
     write_jsonl(tmp_path / "data" / "train.json", [("字", [f"标签{n * 37 % 100}"]) for n in range(100)])
     written = []
     for seed in ("1", "2"):
-        subprocess.run([sys.executable, root / "data_preprocess.py"], cwd=tmp_path, check=True, capture_output=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed})
+        subprocess.run(
+            [sys.executable, root / "data_preprocess.py"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
         written.append((tmp_path / "data" / "label2idx.json").read_bytes())
     assert written[0] == written[1]
     assert len(json.loads(written[0])) == 100
 
 
-def test_reader_accepts_byte_order_mark_blank_lines_windows_line_ends(tmp_path):
+def test_byte_order_mark_blank_lines_windows_line_ends_are_accepted(tmp_path, tokenizer):
     path = tmp_path / "a.json"
-    path.write_bytes(b'\xef\xbb\xbf\r\n{"text": "a", "label": []}\r\n  \n{"label": ["x", "x"], "text": "", "more": 1}')
-    assert list(data_preprocess.read_examples(str(path))) == [("a", []), ("", ["x", "x"])]
+    path.write_bytes(
+        b'\xef\xbb\xbf\r\n{"text": "a", "label": []}\r\n  \n{"label": ["x", "x"], "text": "", "more": 1}'
+    )
+    dataset = MultiClsDataSet(str(path), tokenizer=tokenizer, label2idx={"x": 0})
+    assert dataset.labels.tolist() == [[0], [1]] and dataset.lengths.tolist() == [3, 2]
 
 
 BAD_LINES = {
@@ -60,32 +78,34 @@ BAD_LINES = {
     "half a character": (b'{"text": "\\ud800", "label": []}', "half a character"),
     "half a character in a label": (b'{"text": "", "label": ["\\ud800"]}', "half a character"),
     "no label": (b'{"text": "a"}', '"label" must be a list of strings, but is missing'),
-    "bare label": (b'{"text": "a", "label": "x"}', "write it as a list"),
+    "bare label": (b'{"text": "a", "label": "x"}', "write one as a list too"),
     "label of a wrong type": (b'{"text": "a", "label": [1]}', "one is 1"),
-    "blank label": (b'{"text": "a", "label": [" "]}', "not blank"),
+    "blank label": (b'{"text": "a", "label": [" "]}', "non-blank"),
 }
 
 
 @pytest.mark.parametrize("line, message", BAD_LINES.values(), ids=BAD_LINES)
-def test_reader_names_file_line_and_fault(tmp_path, line, message):
+def test_file_line_and_fault_are_named(tmp_path, line, message):
     path = tmp_path / "a.json"
     path.write_bytes(b'{"text": "fine", "label": ["x"]}\n\n' + line)
     with pytest.raises(InputError) as caught:
-        list(data_preprocess.read_examples(str(path)))
+        data_preprocess.preprocess(str(path), str(tmp_path / "label2idx.json"))
     assert str(caught.value).startswith(f"{path}:3: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
-def test_reader_refuses_a_file_without_examples(tmp_path, content):
+def test_a_file_without_examples_is_refused(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match="no examples"):
-        list(data_preprocess.read_examples(str(path)))
+        data_preprocess.preprocess(str(path), str(tmp_path / "label2idx.json"))
 
 
 def test_script_ends_with_one_line_and_exit_code_1(tmp_path):
-    run = subprocess.run([sys.executable, root / "data_preprocess.py"], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, root / "data_preprocess.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.startswith("error: ./data/train.json: No such file") and run.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
@@ -98,13 +118,24 @@ def test_preprocess_refuses_data_without_labels(tmp_path):
     assert not (tmp_path / "label2idx.json").exists()
 
 
-@pytest.mark.parametrize("content", ['["a"]', "{}", '{"a": 1}', '{"a": 0, "b": 0}', '{"a": 0, "b": 2}', '{"a": true}',
-                                     '{"a": "0"}', '{"a": 0'])
-def test_label_index_must_be_one_to_one(tmp_path, content):
-    path = tmp_path / "label2idx.json"
-    path.write_text(content)
-    with pytest.raises(InputError, match="label2idx.json: not a"):
-        data_preprocess.load_label2idx(str(path))
+@pytest.mark.parametrize(
+    "content",
+    [
+        '["a"]',
+        "{}",
+        '{"a": 1}',
+        '{"a": 0, "b": 0}',
+        '{"a": 0, "b": 2}',
+        '{"a": true}',
+        '{"a": "0"}',
+        '{"a": 0',
+    ],
+)
+def test_the_label_index_must_be_one_to_one(project, content):
+    (project / "data" / "label2idx.json").write_text(content)
+    for read in (train.train, lambda: MultiClsDataSet("./data/train.json")):
+        with pytest.raises(InputError, match="label2idx.json: not a"):
+            read()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -122,12 +153,13 @@ def test_importing_reads_writes_and_asks_nothing(tmp_path):
     watch = f"""
 import sys
 sys.path.insert(0, {str(root)!r}); sys.dont_write_bytecode = True
-import torch, transformers, sklearn.metrics, transformers.trainer_pt_utils
+import torch, transformers, sklearn.metrics, tqdm, transformers.trainer_pt_utils
 from transformers import BertModel, BertTokenizer
 def hook(event, arguments):
     if event.startswith("socket.") and event != "socket.__new__":
         raise RuntimeError(event)
-    if event == "open" and (arguments[1] not in ("r", "rb", None) or str(arguments[0]).endswith((".json", ".pth"))):
+    ours = event == "open" and str(arguments[0]).endswith((".json", ".pth"))
+    if event == "open" and (ours or arguments[1] not in ("r", "rb", None)):
         raise RuntimeError(f"{{event}} {{arguments}}")
 sys.addaudithook(hook)
 import data_preprocess, bert_multilabel_cls, data_helper, train, predict

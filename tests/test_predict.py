@@ -1,3 +1,4 @@
+import builtins
 import json
 import os
 import re
@@ -15,13 +16,35 @@ from sklearn.metrics import f1_score
 import bert_multilabel_cls
 import predict
 from conftest import finish, root, start
-from data_preprocess import InputError, dump_json, dump_jsonl
+from bert_multilabel_cls import BertMultiLabelCls
+from data_preprocess import InputError, dump_json
 
 TEXTS = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨"]
 
 
+def dump_jsonl(rows, path):
+    """Write rows as JSON, one line each."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def fixed_probs(monkeypatch, rows, labels=("a", "b", "c")):
+    """Make the model in ./model give these probabilities (N, C), text by text."""
+    model, tokenizer, _ = bert_multilabel_cls.load_model("./model")
+    model.fc = torch.nn.Linear(16, len(labels))
+    label2idx = {label: idx for idx, label in enumerate(labels)}
+    bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model")
+    monkeypatch.setattr(predict, "batch_size", 1)
+    given = iter(torch.tensor(rows)[:, None])
+    monkeypatch.setattr(BertMultiLabelCls, "forward", lambda *_: next(given))
+
+
 def test_texts_to_labels(trained):
-    assert predict.predict(["股市大涨", "中超得分股市大涨", "今日"]) == [["股市", "财经"], ["中超", "体育", "股市", "财经"], []]
+    assert predict.predict(["股市大涨", "中超得分股市大涨", "今日"]) == [
+        ["股市", "财经"],
+        ["中超", "体育", "股市", "财经"],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -49,39 +72,52 @@ def test_no_texts_give_no_rows(trained):
     assert predict.predict_proba([]).shape == (0, 4)
 
 
-PROBS = np.array([[0.9, 0.2, 0.6], [0.1, 0.4, 0.3], [0.5, 0.5, 0.5]])
+PROBS = [[0.9, 0.2, 0.6], [0.1, 0.4, 0.3], [0.5, 0.5, 0.5]]
 
 
-@pytest.mark.parametrize("threshold, at_least, at_most, chosen", [
-    (0.5, 0, None, [[0, 2], [], []]),
-    (0.5, 1, None, [[0, 2], [1], [0]]),
-    (0.5, 2, None, [[0, 2], [1, 2], [0, 1]]),
-    (0.5, 0, 1, [[0], [], []]),
-    (0.5, 1, 1, [[0], [1], [0]]),
-    (0.35, 0, 2, [[0, 2], [1], [0, 1]]),
-    ([0.95, 0.1, 0.7], 1, None, [[1], [1], [1]]),  # a label above its own threshold comes before a likelier one
-    (0.5, 9, None, [[0, 1, 2]] * 3),
-])
-def test_labels_are_chosen_by_threshold_and_number(monkeypatch, threshold, at_least, at_most, chosen):
+@pytest.mark.parametrize(
+    "threshold, at_least, at_most, chosen",
+    [
+        (0.5, 0, None, ["ac", "", ""]),
+        (0.5, 1, None, ["ac", "b", "a"]),
+        (0.5, 2, None, ["ac", "bc", "ab"]),
+        (0.5, 0, 1, ["a", "", ""]),
+        (0.5, 1, 1, ["a", "b", "a"]),
+        (0.35, 0, 2, ["ac", "b", "ab"]),
+        ([0.95, 0.1, 0.7], 1, None, ["b"] * 3),  # one above its own threshold comes before a likelier one
+        (0.5, 9, None, ["abc"] * 3),
+    ],
+)
+def test_labels_are_chosen_by_threshold_and_number(
+    trained, monkeypatch, threshold, at_least, at_most, chosen
+):
+    fixed_probs(monkeypatch, PROBS)
     monkeypatch.setattr(predict, "min_labels", at_least)
     monkeypatch.setattr(predict, "max_labels", at_most)
-    kept = predict.choose_labels(PROBS, np.array(threshold))
-    assert [np.flatnonzero(row).tolist() for row in kept] == chosen
+    if isinstance(threshold, list):
+        model, tokenizer, label2idx = bert_multilabel_cls.load_model("./model")
+        bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model", {"by_label": threshold})
+        threshold = "tuned"
+    monkeypatch.setattr(predict, "threshold", threshold)
+    assert predict.predict(["中"] * 3) == [list(labels) for labels in chosen]
 
 
 def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
     probs = predict.predict_proba(["股市大涨"])[0]
-    config = predict.trained_model()[0].bert.config
-    assert len(config.thresholds["by_label"]) == 4
-    monkeypatch.setattr(config, "thresholds", {"by_label": [float(probs[0]) - 1e-4, 1.0, 1.0, float(probs[3]) - 1e-4]})
+    model, tokenizer, label2idx = bert_multilabel_cls.load_model("./model")
+    assert len(model.bert.config.thresholds["by_label"]) == 4
+    below = {"by_label": [float(probs[0]) - 1e-4, 1.0, 1.0, float(probs[3]) - 1e-4]}
+    bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model", below)
     monkeypatch.setattr(predict, "threshold", "tuned")
     assert predict.predict(["股市大涨"]) == [["中超", "财经"]]
-    monkeypatch.setattr(config, "thresholds", {})
-    with pytest.raises(InputError, match="no tuned thresholds lie beside ./model"):
+    bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model")
+    with pytest.raises(InputError, match="model/multi_label_cls.pth has no tuned thresholds"):
         predict.predict(["股市大涨"])
 
 
-@pytest.mark.parametrize("at_least, at_most", [(-1, None), (3, 1), (0, -1), (1.5, None), ("2", None), (0, "2")])
+@pytest.mark.parametrize(
+    "at_least, at_most", [(-1, None), (3, 1), (0, -1), (1.5, None), ("2", None), (0, "2")]
+)
 def test_numbers_of_labels_out_of_range_are_an_error(trained, monkeypatch, at_least, at_most):
     monkeypatch.setattr(predict, "min_labels", at_least)
     monkeypatch.setattr(predict, "max_labels", at_most)
@@ -102,10 +138,17 @@ def test_a_threshold_out_of_range_is_an_error(trained, monkeypatch, threshold):
         predict.predict(["中超"])
 
 
-@pytest.mark.parametrize("texts, message", [("中超", r"wrap the one text in a list: predict\(\['中超'\]\)"),
-                                            ("", "wrap"), (["中超", None], "text 2 is None"),
-                                            ([b"a"], "text 1 is b'a'"), (None, "got None"),
-                                            (["\ud800"], "half a character")])
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ("中超", r"write predict\(\['中超'\]\)"),
+        ("", "takes a list of texts"),
+        (["中超", None], "text 2 is None"),
+        ([b"a"], "text 1 is b'a'"),
+        (None, "got None"),
+        (["\ud800"], "half a character"),
+    ],
+)
 def test_what_is_no_list_of_texts_is_an_error(project, texts, message):
     with pytest.raises(InputError, match=message):
         predict.predict(texts)
@@ -120,7 +163,9 @@ def test_constants_are_obeyed_when_set_from_outside(trained, monkeypatch):
     monkeypatch.setattr(predict, "threshold", 0.0)
     assert predict.predict(["今日"]) == [["中超", "体育", "股市", "财经"]]
     monkeypatch.setattr(predict, "max_len", 6)
-    np.testing.assert_allclose(predict.predict_proba(["股市大涨今日中超"]), predict.predict_proba(["股市大涨"]), atol=1e-6)
+    np.testing.assert_allclose(
+        predict.predict_proba(["股市大涨今日中超"]), predict.predict_proba(["股市大涨"]), atol=1e-6
+    )
     shutil.move("model", "elsewhere")
     monkeypatch.setattr(predict, "save_model_path", "./elsewhere/multi_label_cls.pth")
     monkeypatch.setattr(predict, "threshold", 0.5)
@@ -153,24 +198,40 @@ def test_no_network_and_no_label_file_is_needed(trained, monkeypatch):
     dump_json({"别的": 0, "标签": 1}, "data/label2idx.json")
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", "someone/none")
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("used the network"))
-    monkeypatch.setattr(bert_multilabel_cls, "find_encoder", lambda name: (name, "") if os.path.isdir(name) else 1 / 0)
+    monkeypatch.setattr(
+        bert_multilabel_cls, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
     assert predict.predict(["股市大涨"]) == [["股市", "财经"]]
 
 
-@pytest.mark.parametrize("beside", ["nothing", "plain"])
-def test_a_lone_checkpoint_takes_labels_and_encoder_from_the_constants(trained, monkeypatch, encoder_folder, beside):
+@pytest.mark.parametrize("beside", ["nothing", "config", "model"])
+def test_a_checkpoint_of_the_article_takes_labels_and_encoder_from_the_constants(
+    trained, monkeypatch, encoder_folder, beside
+):
+    """Also where a config.json of somebody, or a model of ours, lies beside it."""
     os.makedirs("lone")
-    shutil.copy("model/multi_label_cls.pth", "lone/multi_label_cls.pth")
-    if beside == "plain":
+    if beside == "config":
         shutil.copy(os.path.join(encoder_folder, "config.json"), "lone/config.json")
+    if beside == "model":
+        shutil.copytree("model", "lone", dirs_exist_ok=True)
+    weights = torch.load("model/multi_label_cls.pth", weights_only=True)
+    torch.save(dict(weights), "lone/multi_label_cls.pth")
     monkeypatch.setattr(predict, "save_model_path", "./lone/multi_label_cls.pth")
-    expected = ["股市", "财经"]
-    assert predict.predict(["股市大涨"]) == [expected]
+    assert predict.predict(["股市大涨"]) == [["股市", "财经"]]
+    os.remove("data/label2idx.json")
+    monkeypatch.setattr(predict, "save_model_path", "lone/../lone/multi_label_cls.pth")
+    with pytest.raises(InputError, match="no label index yet"):
+        predict.predict(["股市大涨"])
 
 
 def test_script_prints_texts_labels_and_probabilities(trained):
-    run = subprocess.run([sys.executable, root / "predict.py"], capture_output=True, text=True, encoding="utf-8",
-                         env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    run = subprocess.run(
+        [sys.executable, root / "predict.py"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
     lines = run.stdout.splitlines()
     assert run.returncode == 0, run.stderr
     assert [line.split("\t")[0] for line in lines] == predict.texts
@@ -178,23 +239,33 @@ def test_script_prints_texts_labels_and_probabilities(trained):
 
 
 def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(trained, monkeypatch):
-    """bf16 agrees with float32 on at least 99.9 % of the decisions, over 3,000 texts with 4 labels each."""
+    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.03.
+
+    On DuEE 99.999 % of the decisions agree; a network of 16 dimensions has more ties.
+    """
     chance = np.random.default_rng(0)
     signs = list("中超股市今日开赛大涨球门得分基金")
     many = ["".join(chance.choice(signs, chance.integers(1, 14))) for _ in range(3000)]
     exact = predict.predict_proba(many)
     monkeypatch.setattr(predict, "precision", "bf16")
+    dtypes, real = set(), BertMultiLabelCls.forward
+
+    def look(self, *inputs):
+        dtypes.update([(self.bert.pooler.dense.weight.dtype, self.fc.weight.dtype)])
+        return real(self, *inputs)
+
+    monkeypatch.setattr(BertMultiLabelCls, "forward", look)
     rounded = predict.predict_proba(many)
-    assert predict.trained_model()[0].bert.pooler.dense.weight.dtype == torch.bfloat16
-    assert predict.trained_model()[0].fc.weight.dtype == torch.float32
-    assert not np.array_equal(exact, rounded)
-    assert ((exact > 0.5) == (rounded > 0.5)).mean() >= 0.999
+    assert dtypes == {(torch.bfloat16, torch.float32)} and not np.array_equal(exact, rounded)
+    differ = (exact > 0.5) != (rounded > 0.5)
+    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.03
 
 
 def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):
-    sizes, real = [], predict.pad
-    monkeypatch.setattr(predict, "pad", lambda *given: sizes.append(len(given[1])) or real(*given))
-    monkeypatch.setattr(predict, "sorted_together", 10)
+    sizes, real = [], BertMultiLabelCls.forward
+    count = lambda self, ids, *more: sizes.append(len(ids)) or real(self, ids, *more)  # noqa: E731
+    monkeypatch.setattr(BertMultiLabelCls, "forward", count)
+    monkeypatch.setattr(predict, "chunk_size", 10)
     monkeypatch.setattr(predict, "batch_size", 4)
     assert len(predict.predict(["中超"] * 25)) == 25
     assert sizes == [4, 4, 2, 4, 4, 2, 4, 1]
@@ -208,24 +279,38 @@ def test_a_cold_start_imports_nothing_that_prediction_does_not_need():
 
 def label_file(monkeypatch, content, name="in.json", **constants):
     """Write a file, have predict.py label it, and return the rows of the output."""
-    Path(name).write_bytes(content if isinstance(content, bytes) else "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode())
+    Path(name).write_bytes(
+        content
+        if isinstance(content, bytes)
+        else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode()
+    )
     for constant, value in dict(input_path=name, output_path="out/labels.json", **constants).items():
         monkeypatch.setattr(predict, constant, value)
     predict.main()
     return [json.loads(line) for line in open("out/labels.json", encoding="utf-8")]
 
 
-@pytest.mark.parametrize("sorted_together, batch_size", [(4096, 32), (2, 1), (5, 3)])
-def test_a_file_is_labelled_in_its_order_with_what_else_is_in_it(trained, monkeypatch, sorted_together, batch_size):
-    rows = label_file(monkeypatch, [{"id": number, "text": text, "more": {"a": [1.5, None, "龘"]}}
-                                    for number, text in enumerate(TEXTS * 2)],
-                      sorted_together=sorted_together, batch_size=batch_size)
+@pytest.mark.parametrize("chunk_size, batch_size", [(4096, 32), (2, 1), (5, 3)])
+def test_a_file_is_labelled_in_its_order_with_what_else_is_in_it(
+    trained, monkeypatch, chunk_size, batch_size
+):
+    rows = label_file(
+        monkeypatch,
+        [
+            {"id": number, "text": text, "more": {"a": [1.5, None, "龘"]}}
+            for number, text in enumerate(TEXTS * 2)
+        ],
+        chunk_size=chunk_size,
+        batch_size=batch_size,
+    )
     assert [(row["id"], row["text"], row["more"]) for row in rows] == [
-        (number, text, {"a": [1.5, None, "龘"]}) for number, text in enumerate(TEXTS * 2)]
-    pairs = predict.predict_pairs(TEXTS * 2)
+        (number, text, {"a": [1.5, None, "龘"]}) for number, text in enumerate(TEXTS * 2)
+    ]
+    pairs = predict.predict_with_scores(TEXTS * 2)
     assert [row["label"] for row in rows] == [[label for label, _ in some] for some in pairs]
-    assert [row["probability"] for row in rows] == [{label: pytest.approx(prob, abs=1e-4) for label, prob in some} for some in pairs]
+    assert [row["probability"] for row in rows] == [
+        {label: pytest.approx(prob, abs=1e-4) for label, prob in some} for some in pairs
+    ]
     assert any(row["label"] for row in rows) and os.listdir("out") == ["labels.json"]
 
 
@@ -249,18 +334,32 @@ def test_thresholds_and_numbers_of_labels_hold_for_files_too(trained, monkeypatc
 def test_a_labelled_file_is_measured(trained, monkeypatch, capsys):
     """Against scikit-learn, on what was written; lines without a label do not count."""
     truth = [["中超"], [], ["股市", "财经"], None, ["体育"], ["中超", "体育"]]
-    rows = label_file(monkeypatch, [{"text": text} | ({} if labels is None else {"label": labels})
-                                    for text, labels in zip(TEXTS, truth)], sorted_together=2)
+    rows = label_file(
+        monkeypatch,
+        [
+            {"text": text} | ({} if labels is None else {"label": labels})
+            for text, labels in zip(TEXTS, truth)
+        ],
+        chunk_size=2,
+    )
     assert [row.get("true") for row in rows] == truth
     names = ["中超", "体育", "股市", "财经"]
-    found, true = ([[name in row[key] for name in names] for row in rows if "true" in row] for key in ("label", "true"))
+    found, true = (
+        [[name in row[key] for name in names] for row in rows if "true" in row] for key in ("label", "true")
+    )
     *labels, scores, wrote = capsys.readouterr().out.splitlines()[-6:]
     assert len([line for line in labels if line.startswith("label    ")]) == 4
-    assert scores.startswith("scores   threshold=0.5 texts=5 accuracy=") and wrote.startswith("wrote    path=out/labels.json texts=6 ")
+    assert scores.startswith("scores   threshold=0.5 accuracy=") and wrote.startswith(
+        "wrote    path=out/labels.json texts=6 "
+    )
     printed = dict(field.split("=") for field in scores.split()[1:])
-    assert float(printed["accuracy"]) == pytest.approx(np.mean([a == b for a, b in zip(found, true)]), abs=1e-4)
+    assert float(printed["accuracy"]) == pytest.approx(
+        np.mean([a == b for a, b in zip(found, true)]), abs=1e-4
+    )
     for average in ("micro", "macro"):
-        assert float(printed[f"{average}_f1"]) == pytest.approx(f1_score(true, found, average=average, zero_division=0), abs=1e-4)
+        assert float(printed[f"{average}_f1"]) == pytest.approx(
+            f1_score(true, found, average=average, zero_division=0), abs=1e-4
+        )
 
 
 def test_an_unlabelled_file_is_not_measured(trained, monkeypatch, capsys):
@@ -268,37 +367,55 @@ def test_an_unlabelled_file_is_not_measured(trained, monkeypatch, capsys):
     assert "scores" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, name, message", [
-    (b'{"text": "a"}\n{"text": 1}\n', "in.json", "in.json:2: \"text\" must be a string"),
-    (b'{"text": "a"}\n{"label": []}\n', "in.json", "in.json:2: \"text\" must be a string, but is missing"),
-    (b'{"text": "a"}\n{"text": "a", "label": "b"}\n', "in.json", "in.json:2: \"label\" must be a list"),
-    (b'{"text": "a"}\n{"text": "a", "label": ["other"]}\n', "in.json", "in.json:2: the model does not know the label 'other'"),
-    (b'{"text": "a"}\n{"text"', "in.json", "in.json:2: not JSON"),
-    ("中超".encode("gbk"), "in.txt", "in.txt:1: not UTF-8, probably GBK"),
-    (b"", "in.json", "in.json: no texts"),
-    (b"a", "out/labels.json", "the input would be replaced"),
-    (b"a", "out/labels.json.tmp", "the input would be replaced"),
-    (b'{"text": "a", "true": []}', "in.json", 'in.json:1: has the key "true"'),
-    (b'{"text": "a", "probability": 1}', "in.json", 'in.json:1: has the key "probability"'),
-])
+@pytest.mark.parametrize(
+    "content, name, message",
+    [
+        (b'{"text": "a"}\n{"text": 1}\n', "in.json", 'in.json:2: "text" must be a string'),
+        (b'{"text": "a"}\n{"label": []}\n', "in.json", 'in.json:2: "text" must be a string, but is missing'),
+        (b'{"text": "a"}\n{"text": "a", "label": "b"}\n', "in.json", 'in.json:2: "label" must be a list'),
+        (
+            b'{"text": "a"}\n{"text": "a", "label": ["other"]}\n',
+            "in.json",
+            "in.json:2: the model has no label 'other'",
+        ),
+        (b'{"text": "a"}\n{"text"', "in.json", "in.json:2: not JSON"),
+        ("中超".encode("gbk"), "in.txt", "in.txt:1: not UTF-8, probably GBK"),
+        (b"", "in.json", "in.json: no texts"),
+        (b"a", "out/labels.json", "would replace the input"),
+        (b"a", "out/labels.json.tmp", "would replace the input"),
+        (b'{"text": "a", "true": []}', "in.json", 'in.json:1: the key "true"'),
+        (b'{"text": "a", "probability": 1}', "in.json", 'in.json:1: the key "probability"'),
+    ],
+)
 def test_a_fault_in_a_file_is_said_before_anything_is_computed(trained, monkeypatch, content, name, message):
     os.mkdir("out")
     Path("out/labels.json").write_text("before")
-    monkeypatch.setattr(predict, "gather_probs", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(BertMultiLabelCls, "forward", lambda *_: pytest.fail("computed"))
     with pytest.raises(InputError, match=message):
         label_file(monkeypatch, content, name)
-    assert Path(name).read_bytes() == content and (name == "out/labels.json" or Path("out/labels.json").read_text() == "before")
+    assert Path(name).read_bytes() == content and (
+        name == "out/labels.json" or Path("out/labels.json").read_text() == "before"
+    )
 
 
-@pytest.mark.parametrize("constants, message", [
-    (dict(output_path=""), "input_path = .*, output_path = .*: set both, or neither"),
-    (dict(input_path=""), "input_path = .*, output_path = .*: set both, or neither"),
-    (dict(output_path="data"), "output_path = 'data': is a folder"), (dict(output_path="out/"), "is a folder"),
-    (dict(input_path="data"), "input_path = 'data': is no file"), (dict(input_path="none.json"), "none.json: No such file"),
-    (dict(sorted_together=0), "sorted_together = 0"), (dict(max_len=999), "max_len = 999"), (dict(keep_tail=-1), "keep_tail = -1"),
-])
-def test_a_constant_that_cannot_be_is_said_before_anything_is_computed(trained, monkeypatch, constants, message):
-    monkeypatch.setattr(predict, "gather_probs", lambda *_: pytest.fail("computed"))
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        (dict(output_path=""), "input_path = .*, output_path = .*: set both, or neither"),
+        (dict(input_path=""), "input_path = .*, output_path = .*: set both, or neither"),
+        (dict(output_path="data"), "output_path = 'data': is a folder"),
+        (dict(output_path="out/"), "is a folder"),
+        (dict(input_path="data"), "input_path = 'data': not a file"),
+        (dict(input_path="none.json"), "none.json: No such file"),
+        (dict(chunk_size=0), "chunk_size = 0"),
+        (dict(max_len=999), "max_len = 999"),
+        (dict(keep_tail=-1), "keep_tail = -1"),
+    ],
+)
+def test_a_constant_that_cannot_be_is_said_before_anything_is_computed(
+    trained, monkeypatch, constants, message
+):
+    monkeypatch.setattr(BertMultiLabelCls, "forward", lambda *_: pytest.fail("computed"))
     dump_jsonl([{"text": "a"}], "in.json")
     for name, value in (dict(input_path="in.json", output_path="out.json") | constants).items():
         monkeypatch.setattr(predict, name, value)
@@ -308,78 +425,97 @@ def test_a_constant_that_cannot_be_is_said_before_anything_is_computed(trained, 
 
 
 @pytest.mark.parametrize("lines, message", [(9, None), (3, "in.json: has been changed while it was read")])
-def test_an_input_that_changes_is_not_taken_for_the_one_that_was_checked(trained, monkeypatch, lines, message):
+def test_an_input_that_changes_is_not_taken_for_the_one_that_was_checked(
+    trained, monkeypatch, lines, message
+):
     """What was added is left for the next time; what is missing is an error."""
-    def check(*given, real=predict.check_input):
-        total = real(*given)
-        dump_jsonl([{"text": "今日"}] * lines, "in.json")
-        return total
-    monkeypatch.setattr(predict, "check_input", check)
+    real = builtins.open
+
+    def change(path, *more, **options):
+        if str(path).endswith("labels.json.tmp"):  # the input has been checked, and is about to be labelled
+            dump_jsonl([{"text": "今日"}] * lines, "in.json")
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(builtins, "open", change)
     if message is None:
-        assert len(label_file(monkeypatch, [{"text": "今日"}] * 6, sorted_together=2)) == 6
+        assert len(label_file(monkeypatch, [{"text": "今日"}] * 6, chunk_size=2)) == 6
     else:
         with pytest.raises(InputError, match=message):
-            label_file(monkeypatch, [{"text": "今日"}] * 6, sorted_together=2)
+            label_file(monkeypatch, [{"text": "今日"}] * 6, chunk_size=2)
         assert not os.path.exists("out/labels.json")
 
 
-def test_probabilities_that_are_no_numbers_are_an_error(trained, monkeypatch):
-    torch.nn.init.constant_(predict.trained_model()[0].fc.weight, float("nan"))
-    with pytest.raises(InputError, match="the network gives no numbers any more"):
+def test_probabilities_that_are_nan_are_an_error(trained, monkeypatch):
+    fixed_probs(monkeypatch, [[float("nan")] * 3])
+    with pytest.raises(InputError, match="the network outputs NaN"):
         label_file(monkeypatch, [{"text": "今日"}])
-    predict.load_once.cache_clear()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), KeyboardInterrupt("^C"), InputError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error"), KeyboardInterrupt("^C"), InputError("out of memory")]
+)
 def test_what_ends_in_the_middle_leaves_the_old_output(trained, monkeypatch, error):
     before = label_file(monkeypatch, [{"text": text} for text in TEXTS])
-    calls, real = [], predict.gather_probs
+    calls, real = [], BertMultiLabelCls.forward
 
-    def fail(*given):
+    def fail(*inputs):
         calls.append(1)
         if len(calls) == 3:
             raise error
-        return real(*given)
-    monkeypatch.setattr(predict, "gather_probs", fail)
+        return real(*inputs)
+
+    monkeypatch.setattr(BertMultiLabelCls, "forward", fail)
     with pytest.raises(type(error), match=re.escape(str(error))):
-        label_file(monkeypatch, [{"text": "新"}] * 9, sorted_together=2)
+        label_file(monkeypatch, [{"text": "新"}] * 9, chunk_size=2)
     assert [json.loads(line) for line in open("out/labels.json", encoding="utf-8")] == before
     assert os.listdir("out") == ["labels.json"]
 
 
 def test_a_training_that_ends_meanwhile_does_not_mix_two_models_into_one_file(trained, monkeypatch):
-    expected = label_file(monkeypatch, [{"text": text} for text in TEXTS], sorted_together=2)
+    expected = label_file(monkeypatch, [{"text": text} for text in TEXTS], chunk_size=2)
 
-    def train_on(*given, real=predict.gather_probs):
+    real = BertMultiLabelCls.forward
+
+    def train_on(self, *inputs):
         model, tokenizer, label2idx = bert_multilabel_cls.load_model(predict.save_model_path)
         torch.nn.init.constant_(model.fc.bias, 9.0)
         bert_multilabel_cls.save_model(model, tokenizer, label2idx, predict.save_model_path)
-        return real(*given)
-    monkeypatch.setattr(predict, "gather_probs", train_on)
-    assert label_file(monkeypatch, [{"text": text} for text in TEXTS], sorted_together=2) == expected
+        return real(self, *inputs)
+
+    monkeypatch.setattr(BertMultiLabelCls, "forward", train_on)
+    assert label_file(monkeypatch, [{"text": text} for text in TEXTS], chunk_size=2) == expected
 
 
 def test_keep_tail_is_obeyed(trained, monkeypatch):
     monkeypatch.setattr(predict, "max_len", 6)
     monkeypatch.setattr(predict, "keep_tail", 2)
-    np.testing.assert_allclose(predict.predict_proba(["股市今日中超开赛大涨"]), predict.predict_proba(["股市大涨"]), atol=1e-6)
+    np.testing.assert_allclose(
+        predict.predict_proba(["股市今日中超开赛大涨"]), predict.predict_proba(["股市大涨"]), atol=1e-6
+    )
     monkeypatch.setattr(predict, "keep_tail", 5)
-    with pytest.raises(InputError, match="keep_tail = 5: must be a whole number, from 0 to 4"):
+    with pytest.raises(InputError, match="keep_tail = 5: must be an integer, from 0 to 4"):
         predict.predict(["中"])
 
 
-def test_texts_cut_otherwise_than_in_training_are_a_note(trained, monkeypatch, capsys):
-    predict.predict(["中"])
-    assert capsys.readouterr() == ("", "note     max_len = 128 and keep_tail = 0, but training had 16 and 0; set these in "
-                                        "predict.py too\n")
-    monkeypatch.setattr(predict, "max_len", 16)
-    predict.load_once.cache_clear()
-    predict.predict(["中"])
-    assert capsys.readouterr().err == ""
+def test_texts_are_cut_as_in_training_unless_the_constants_say_otherwise(trained, monkeypatch):
+    """Training had max_len = 16 and keep_tail = 0: a 15th character is not seen."""
+    seen = predict.predict_proba(["中" * 14 + "股", "中" * 14, "中" * 14 + "超", "中" * 13])
+    np.testing.assert_allclose(seen[0], seen[2], atol=1e-6)
+    assert not np.allclose(seen[1], seen[3], atol=1e-6)
+    monkeypatch.setattr(predict, "max_len", 32)
+    longer = predict.predict_proba(["中" * 14 + "股", "中" * 14 + "超"])
+    assert not np.allclose(longer[0], longer[1], atol=1e-6)
+    model, tokenizer, label2idx = bert_multilabel_cls.load_model("./model")
+    bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model", truncation=(6, 2))
+    monkeypatch.setattr(predict, "max_len", None)
+    probs = predict.predict_proba(["股市今日中超开赛大涨", "股市大涨"])
+    np.testing.assert_allclose(probs[0], probs[1], atol=1e-6)
 
 
 LABEL = """import predict
-for name, value in dict(device="cpu", input_path="in.json", output_path="out/labels.json", sorted_together=8, batch_size=3).items():
+predict.device = "cpu"
+constants = dict(input_path="in.json", output_path="out/labels.json", chunk_size=8, batch_size=3)
+for name, value in constants.items():
     setattr(predict, name, value)
 predict.run_script(predict.main)
 """
@@ -389,17 +525,29 @@ def test_processes_of_torchrun_write_the_same_bytes(trained, monkeypatch):
     """60 texts in portions of 8: in the last round the second process has part of one, and the third none."""
     chance = np.random.default_rng(0)
     lengths = chance.integers(1, 30, 60)
-    dump_jsonl([{"text": "".join(chance.choice(list("中超股市今日开赛大涨"), n)), "id": int(n), "label": ["体育"]} for n in lengths],
-               "in.json")
+    dump_jsonl(
+        [
+            {"text": "".join(chance.choice(list("中超股市今日开赛大涨"), n)), "id": int(n), "label": ["体育"]}
+            for n in lengths
+        ],
+        "in.json",
+    )
     outputs, scores = [], []
     for processes in (1, 3):
-        monkeypatch.setenv("OMP_NUM_THREADS", "2" if processes == 1 else "1")  # torchrun gives each process one thread
+        monkeypatch.setenv(
+            "OMP_NUM_THREADS", "2" if processes == 1 else "1"
+        )  # torchrun gives each process one thread
         code, out, err = finish(start(LABEL, processes))
         assert code == 0, err
         outputs.append(Path("out/labels.json").read_bytes())
         scores.append([line for line in out.splitlines() if line.startswith("scores ")])
         assert f"processes={processes}\n" in out and out.count("\nwrote ") == 1
-    assert outputs[0] == outputs[1] and outputs[0].count(b"\n") == 60 and scores[0] == scores[1] and len(scores[0]) == 1
+    assert (
+        outputs[0] == outputs[1]
+        and outputs[0].count(b"\n") == 60
+        and scores[0] == scores[1]
+        and len(scores[0]) == 1
+    )
     assert os.listdir("out") == ["labels.json"]
 
 
@@ -408,10 +556,16 @@ def test_memory_does_not_grow_with_the_file(trained):
     """Ten times as many texts; what they have beside the text is 200 bytes a line."""
     for name, texts in (("in.json", 4_000), ("large.json", 40_000)):
         dump_jsonl(({"text": "中超股市", "more": "x" * 200} for _ in range(texts)), name)
-    look = "import resource\npeak = lambda: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\npeak()\n"
-    code, out, err = finish(start(LABEL.replace("sorted_together=8, batch_size=3", "sorted_together=500") + look +
-                                  "predict.input_path = 'large.json'\npredict.main()\npeak()"))
+    look = "import resource\ndef peak():\n"
+    look += "    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\npeak()\n"
+    code, out, err = finish(
+        start(
+            LABEL.replace("chunk_size=8, batch_size=3", "chunk_size=500")
+            + look
+            + "predict.input_path = 'large.json'\npredict.main()\npeak()"
+        )
+    )
     assert code == 0, err
     small, large = (int(line.split()[1]) for line in out.splitlines() if line.startswith("peak "))
-    assert os.path.getsize("out/labels.json") > 10 * 2 ** 20
+    assert os.path.getsize("out/labels.json") > 10 * 2**20
     assert large - small < 5 * 1024, (small, large)  # KiB

@@ -1,12 +1,17 @@
-"""Several processes under torchrun, on gloo: the same examples in a step, and the same numbers, as one process."""
+"""Several processes, on gloo: the same texts in a step, and the same numbers, as one process."""
+
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from conftest import EXAMPLES, finish, script, start, without_key_biases, write_jsonl
+from conftest import EXAMPLES, finish, root, script, start, without_key_biases, write_jsonl
 from data_preprocess import load_json
 
 
@@ -15,55 +20,82 @@ def still_encoder(tmp_path, encoder_folder):
     """The tiny encoder without dropout."""
     folder = tmp_path / "still"
     shutil.copytree(encoder_folder, folder)
-    config = BertConfig.from_pretrained(encoder_folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig.from_pretrained(encoder_folder, **none)
     BertModel.from_pretrained(encoder_folder, config=config).save_pretrained(folder)
     return str(folder)
 
 
 def results(folder):
-    metrics, history = load_json(f"{folder}/metrics.json"), [json.loads(line) for line in open(f"{folder}/history.json")]
+    """Return the losses and metrics of a run, epoch by epoch and on test, as tensors."""
+    test = load_json(f"{folder}/metrics.json")["test"]
+    history = [json.loads(line) for line in open(f"{folder}/history.jsonl", encoding="utf-8")]
     numbers = [(row["train_loss"], row["dev_loss"], row["accuracy"], row["macro_f1"]) for row in history]
-    return torch.tensor(numbers), torch.tensor([metrics["test"]["loss"], *metrics["test"]["at_0.5"].values()])
+    return torch.tensor(numbers), torch.tensor([test["loss"], *test["at_0.5"].values()])
 
 
-def test_two_processes_follow_one_with_twice_the_batch(project, still_encoder):
-    """49 texts in steps of 16: the last step has one text, of which the second process gets none. 7 dev texts."""
+@pytest.mark.parametrize("processes, batch_size", [(2, 4), (4, 2)])
+def test_several_processes_follow_one_with_the_same_batch(project, still_encoder, processes, batch_size):
+    """49 texts in steps of 16: the last step has one text, of which the others get none. 7 dev texts."""
     write_jsonl("data/train.json", EXAMPLES * 8 + EXAMPLES[:1])
     write_jsonl("data/dev.json", EXAMPLES + EXAMPLES[:1])
     runs = {}
-    for processes, batch_size in ((1, 8), (2, 4)):
-        code = script(still_encoder, dropout=0.0, batch_size=batch_size, accumulation_steps=2,
-                      save_model_path=f"./model{processes}/m.pth")
-        code, out, err = finish(start(code, processes))
+    for count, size in ((1, 8), (processes, batch_size)):
+        folder = f"./model{count}"
+        sizes = {"batch_size": size, "accumulation_steps": 2, "save_model_path": folder}
+        code, out, err = finish(start(script(still_encoder, dropout=0.0, **sizes), count))
         assert code == 0, err
-        runs[processes] = results(f"model{processes}")
-        assert out.count("\nepoch ") == 3 and out.count("\nbest ") == 1 and f"processes={processes}" in out
-        assert "steps_per_epoch=4" in out
-    for two, one in zip(runs[2], runs[1]):
-        torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(without_key_biases("model2/m.pth"), without_key_biases("model1/m.pth"), atol=1e-4, rtol=0)
+        runs[count] = results(folder)
+        assert out.count("\nepoch ") == 3 and out.count("\nbest ") == 1
+        assert f"steps_per_epoch=4 batch_size={size} processes={count} " in out
+    for several, one in zip(runs[processes], runs[1]):
+        torch.testing.assert_close(several, one, atol=1e-5, rtol=1e-4)
+    weights = [without_key_biases(f"model{count}") for count in runs]
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
 
 
-def test_processes_with_dropout_draw_masks_of_their_own_and_agree_on_the_weights(project, encoder_folder):
-    look = ("import torch, data_helper, train\nreal = train.report_run\ndef report_run(run):\n"
-            "    masks = data_helper.from_processes(torch.rand(8))\n"
-            "    weights = data_helper.from_processes(torch.cat([p.detach().flatten() for p in run.model.parameters()]))\n"
-            "    if run.rank == 0: print('masks differ', not torch.equal(*masks), 'weights agree', torch.equal(*weights))\n"
-            "    real(run)\ntrain.report_run = report_run\n")
-    code, out, err = finish(start(look + script(encoder_folder), 2))
+def test_processes_draw_dropout_masks_of_their_own_and_agree_on_the_weights(project, encoder_folder):
+    """Seen in each process at its last optimizer step."""
+    look = """
+import os, torch
+real = torch.optim.AdamW.step
+def step(self, *arguments, **options):
+    result = real(self, *arguments, **options)
+    weights = [p.detach().flatten() for group in self.param_groups for p in group["params"]]
+    torch.save([torch.rand(8), torch.cat(weights)], f"seen{os.environ['RANK']}.pt")
+    return result
+torch.optim.AdamW.step = step
+"""
+    code, _, err = finish(start(look + script(encoder_folder), 2))
     assert code == 0, err
-    assert "masks differ True weights agree True" in out
+    (random0, weights0), (random1, weights1) = (torch.load(f"seen{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(random0, random1) and torch.equal(weights0, weights1)
 
 
-def test_a_fault_is_said_once(project, encoder_folder):
+def test_a_file_is_read_and_a_model_is_saved_by_processes_of_torchrun(project, encoder_folder):
+    """By torchrun itself: one process prints; then a fault is said once, and nothing is written."""
+    Path("run.py").write_text(script(encoder_folder, epochs=1), encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+    options = {"env": {**os.environ, "PYTHONPATH": str(root)}, "encoding": "utf-8", "capture_output": True}
+    run = subprocess.run(torchrun, timeout=120, **options)
+    assert run.returncode == 0 and run.stdout.count("\nbest ") == 1, run.stderr
+    shutil.rmtree("model")
     write_jsonl("data/dev.json", [("今日", ["别的"])])
-    code, out, err = finish(start(script(encoder_folder), 2))
-    assert code == 1 and err.count("error: ./data/dev.json:1: the label") == 1
+    run = subprocess.run(torchrun, timeout=120, **options)
+    assert run.returncode == 1 and run.stderr.count("error: ./data/dev.json:1: the label") == 1
     assert not (project / "model").exists()
 
 
-def test_a_fault_of_the_main_process_alone_is_said_once_and_ends_the_others(project, monkeypatch):
+def test_a_fault_of_rank_0_alone_is_said_once_and_ends_the_others(project, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, out, err = finish(start(script("someone/none"), 2))
-    assert code == 1 and err.count("error: the encoder someone/none cannot be had") == 1
-    assert err.count("Traceback") == 1  # torchrun's own, that a process ended with 1
+    code, _, err = finish(start(script("someone/none"), 2))
+    assert code == 1 and err.count("error: the encoder someone/none was not found") == 1
+
+
+def test_machines_with_different_data_are_refused(project, encoder_folder):
+    """As on two machines that do not share a folder: one process has another file."""
+    other = "import os, train\nif os.environ['RANK'] == '1': os.chdir('other')\n"
+    shutil.copytree("data", "other/data")
+    write_jsonl("other/data/train.json", EXAMPLES * 7)
+    code, _, err = finish(start(other + script(encoder_folder), 2))
+    assert code == 1 and "differ between the machines" in err and not os.path.exists("model")

@@ -1,48 +1,69 @@
-"""The README: English and Chinese say the same, and both name every constant."""
-import ast
+"""The English and the Chinese page: the same commands, numbers and links, and all of them lead somewhere."""
+
 import re
 
 import pytest
 
 from conftest import root
 
-README = (root / "README.md").read_text(encoding="utf-8")
-ENGLISH, CHINESE = README.split("\n## 中文\n")
-SECTIONS = list(zip(re.split(r"(?m)^## ", ENGLISH)[3:], re.split(r"(?m)^### ", CHINESE)[3:]))  # after What you see
+PAGES = {"english": root / "README.md", "chinese": root / ".github" / "zh-CN.md"}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+SECTIONS = {name: re.split(r"(?m)^## ", text) for name, text in TEXTS.items()}
+HEADINGS = [section.splitlines()[0] for section in SECTIONS["english"]]
 
 
-def code(text):
-    """Return the code blocks without comments, and the code within lines, sorted."""
-    blocks = [re.sub(r" *#.*", "", block) for block in re.findall(r"```\w*\n(.*?)```", text, re.S)]
-    return blocks, sorted(set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))))
+def code_blocks(section):
+    """Return the code blocks of a section without their comments."""
+    return [re.sub(r" *# .*", "", block) for block in re.findall(r"```\w*\n(.*?)```", section, re.S)]
 
 
-def test_both_have_the_same_sections():
-    assert ENGLISH.count("\n## ") == CHINESE.count("\n### ") and len(SECTIONS) > 15
+def numbers(section):
+    """Return the numbers of a section, without thousands separators and without those in code."""
+    text = re.sub(r"```.*?```", "", section, flags=re.S).replace(",", "")
+    return sorted(set(re.findall(r"\d+(?:\.\d+)?", re.sub(r"\]\(.*?\)", "]", text))))
 
 
-@pytest.mark.parametrize("english, chinese", SECTIONS, ids=[english.splitlines()[0] for english, _ in SECTIONS])
-def test_a_section_has_the_same_code_numbers_and_links_in_both(english, chinese):
-    assert code(english)[0] == code(chinese)[0]
-    ours = [names for names in code(english)[1] if names not in code(chinese)[1] and re.fullmatch(r"[\w./=\" -]+", names)]
-    assert [name for name in ours if "text" not in name] == []
+def links(section):
+    """Return the links of a section; those to files from the root of the repository."""
+    targets = re.findall(r"\]\((.*?)\)", section)
+    return sorted({target.removeprefix("../").removeprefix(".github/") for target in targets})
+
+
+def test_both_pages_have_the_same_sections():
+    assert len(SECTIONS["english"]) == len(SECTIONS["chinese"]) > 9
+
+
+@pytest.mark.parametrize("position", range(len(HEADINGS)), ids=HEADINGS)
+def test_a_section_has_the_same_commands_numbers_and_links_in_both(position):
+    english, chinese = SECTIONS["english"][position], SECTIONS["chinese"][position]
+    assert code_blocks(english) == code_blocks(chinese)
     assert english.count("\n| ") == chinese.count("\n| ")
-    for pattern in (r"\d+\.\d+", r"https?://[^)\s`\"]+"):
-        assert sorted(set(re.findall(pattern, english))) == sorted(set(re.findall(pattern, chinese)))
+    assert numbers(english) == numbers(chinese)
+    if position:  # the first lines link to the other page
+        assert links(english) == links(chinese)
 
 
-@pytest.mark.parametrize("script", ["data_preprocess", "bert_multilabel_cls", "data_helper", "train", "predict"])
-def test_every_constant_is_in_both_tables(script):
-    """What is assigned at the top of a script before its first function, and has a comment that says what it does."""
-    lines = (root / f"{script}.py").read_text(encoding="utf-8").splitlines()
-    named = [line.split(" = ")[0] for line in lines if re.match(r"[a-z]\w* = ", line)]
-    body = ast.parse("\n".join(lines)).body
-    top = {target.id for node in body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
-    inner = {"special_tokens", "chinese", "classifier", "dtypes", "saved_parts", "saved_values"}  # nobody's to set
-    for half in (ENGLISH, CHINESE):
-        assert [name for name in named if name in top - inner and not name.startswith("scratch_") and f"`{name}" not in half] == []
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_page_is_short_and_has_no_gaps(page):
+    assert len(TEXTS[page].splitlines()) <= 230
+    assert not re.findall(r"@\w+@", TEXTS[page])
 
 
-def test_the_picture_is_there():
-    [path] = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert "dev/micro_f1" in (root / path).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "path", [*PAGES.values(), *root.glob("*/README.md")], ids=lambda p: str(p.relative_to(root))
+)
+def test_links_to_files_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_constants_that_are_named_exist(page):
+    """`name = value` in a page is a line at the top of a script."""
+    scripts = "\n".join(path.read_text(encoding="utf-8") for path in root.glob("*.py"))
+    for name in re.findall(r"(?m)(?:`|^)([a-z_]+) = ", TEXTS[page]):
+        assert re.search(rf"(?m)^{name} = ", scripts) or name in ("hidden_size", "class_num"), name
+
+
+def test_the_picture_shows_the_metrics():
+    assert "epoch/micro_f1" in (root / ".github" / "curves.svg").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 Skipped where data/ holds somebody's own data, or nothing is trained yet.
 """
+
 from collections import Counter, defaultdict
 
 import pytest
@@ -9,13 +10,13 @@ import pytest
 import baseline
 import predict
 from conftest import root
-from data_preprocess import read_examples
+from data_preprocess import load_json, read_examples
 
 HEADLINES = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今日沪深两市指数整体呈现震荡调整格局"]
 
 
 def sample(name):
-    """Return the (text, labels) pairs of a file of data/; skip if it is not the sample that the project ships."""
+    """Return the (text, labels) pairs of a file of data/; skip if it is not the sample data."""
     path = root / "data" / f"{name}.json"
     examples = list(read_examples(str(path))) if path.exists() else []
     labels = {label for _, labels in examples for label in labels}
@@ -35,7 +36,7 @@ def test_there_is_enough_of_everything(name, texts, each_label):
 
 
 def trigrams(text):
-    return {text[start:start + 3] for start in range(len(text) - 2)}
+    return {text[start : start + 3] for start in range(len(text) - 2)}
 
 
 def test_no_text_is_close_to_one_of_another_file_or_to_the_headlines():
@@ -58,7 +59,8 @@ def trained_on_sample(monkeypatch):
     if not (root / "model" / "config.json").exists():
         pytest.skip("no trained model; run: python train.py")
     monkeypatch.chdir(root)
-    if set(predict.trained_model()[2]) != {l for _, ls in sample("train") for l in ls}:
+    labels = load_json("model/config.json")["label2id"]
+    if set(labels) != {label for _, labels in sample("train") for label in labels}:
         pytest.skip("the trained model is of other data")
 
 

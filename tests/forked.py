@@ -1,0 +1,28 @@
+"""Runs a script's code in a process forked from one that has torch loaded: it starts in a tenth of a second.
+
+Imported by the fork server, so that `import train` in the code costs nothing.
+"""
+
+import os
+import sys
+import traceback
+
+import predict  # noqa: F401
+import train  # noqa: F401
+
+
+def run_code(code, folder, environment, output):
+    """Be `python -c code` in `folder`; stdout and stderr go to the files `output`.out and `output`.err."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, suffix in ((1, "out"), (2, "err")):
+        file = os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.path.insert(0, "")
+    try:
+        exec(compile(code, "script", "exec"), {"__name__": "__main__"})
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.exit(130)
