@@ -162,12 +162,12 @@ def train():
                 checkpoint.save(epoch, num_batches, train_loss, seconds)
             dev_loss, dev_acc, dev_probs = dev(model, dev_dataloader, criterion, return_probs=True)
             train_loss = all_reduce(train_loss.cpu()).item() / world_size / num_steps
-            row = {"epoch": epoch + 1, "seconds": seconds, "train_loss": train_loss, "dev_loss": dev_loss}
+            row = {"seconds": seconds, "train_loss": train_loss, "dev_loss": dev_loss}
             row |= compute_metrics(dev_dataset.labels, dev_probs) | {"accuracy": dev_acc}
-            row["saved"] = is_best(row, history)
+            log_scalars({f"epoch/{name}": row[name] for name in row}, (epoch + 1) * num_batches)
+            row = {"epoch": epoch + 1, **row, "saved": is_best(row, history)}
             history.append(row)
             log_epoch(row, num_epochs)
-            log_scalars({f"epoch/{name}": row[name] for name in row}, (epoch + 1) * num_batches)
             if is_main_process():
                 dump_jsonl(history, output_path("history.jsonl"))
                 if row["saved"]:
