@@ -4,6 +4,7 @@ reads   ./data/train.json, ./data/test.json, ./model/ (run `python train.py` fir
 run     python tests/baseline.py    from the repository's root; prints one line for each of the two
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,16 +18,21 @@ from sklearn.svm import LinearSVC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import predict
-from data_preprocess import log, read_examples, run_script
+from data_preprocess import run_script
 
 train_path = "./data/train.json"
 test_path = "./data/test.json"
 
 
+def read(path):
+    """Return (texts, labels) of a data file."""
+    examples = [json.loads(line) for line in open(path, encoding="utf-8")]
+    return [example["text"] for example in examples], [example["label"] for example in examples]
+
+
 def compare(train_path, test_path):
     """Return {name: (accuracy, micro F1, macro F1)} on the test file, of the baseline and the model."""
-    train_texts, train_labels = zip(*read_examples(train_path))
-    test_texts, test_labels = zip(*read_examples(test_path))
+    (train_texts, train_labels), (test_texts, test_labels) = read(train_path), read(test_path)
     binarizer = MultiLabelBinarizer().fit(train_labels)
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3))
     classifier = OneVsRestClassifier(LinearSVC()).fit(
@@ -34,7 +40,7 @@ def compare(train_path, test_path):
     )
     predicted = {
         "tfidf_linear_svc": classifier.predict(vectorizer.transform(test_texts)),
-        "this_project": binarizer.transform(predict.predict(list(test_texts))),
+        "this_project": binarizer.transform(predict.predict(test_texts)),
     }
     truth = binarizer.transform(test_labels)
     return {name: scores(truth, labels) for name, labels in predicted.items()}
@@ -51,7 +57,7 @@ def scores(truth, predicted):
 def main():
     """Print a line for each."""
     for name, (accuracy, micro, macro) in compare(train_path, test_path).items():
-        log(name, accuracy=f"{accuracy:.4f}", micro_f1=f"{micro:.4f}", macro_f1=f"{macro:.4f}")
+        print(f"{name} accuracy={accuracy:.4f} micro_f1={micro:.4f} macro_f1={macro:.4f}")
 
 
 if __name__ == "__main__":
