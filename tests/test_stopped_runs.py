@@ -346,14 +346,15 @@ def test_a_tokenizer_that_has_changed_is_refused(project, monkeypatch, encoder_f
 
 def test_a_second_ctrl_c_interrupts_at_once(project, encoder_folder):
     """The step in which both come takes a minute."""
-    child = start(AT_STEP.format("time.sleep(60 * (steps[0] == 5))") + script(encoder_folder))
-    while "train " not in child.read("out"):
+    wait = "steps[0] == 5 and (open('step_5', 'w').close(), time.sleep(60))"
+    child = start(AT_STEP.format(wait) + script(encoder_folder))
+    while not os.path.exists("step_5"):
+        assert child.poll() is None
         time.sleep(0.01)
-    time.sleep(0.5)
     for _ in range(2):
-        child.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    assert finish(child, 20)[:1] == (130,) and "stopped" not in child.read("out")
+        child.send_signal(signal.SIGINT)
+    assert finish(child, 20)[0] == 130 and "stopped" not in child.read("out")
 
 
 def test_out_of_gpu_memory_names_batch_length_and_constants(project, monkeypatch):
