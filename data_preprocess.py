@@ -64,7 +64,7 @@ def suggest_max_len(text_lengths, max_len_ratio):
     text_lengths: in characters. A Chinese character is one token; most other scripts need fewer tokens.
     """
     check_number("max_len_ratio", max_len_ratio, 1e-9, 1)
-    covered = max(1, math.ceil(round(len(text_lengths) * max_len_ratio, 6)))  # 10 * 0.7 is 7.000000000000001
+    covered = max(1, math.ceil(round(len(text_lengths) * max_len_ratio, 6)))  # 25 * 0.28 is 7.000000000000001
     return sorted(text_lengths)[covered - 1] + num_special_tokens
 
 
@@ -341,7 +341,7 @@ def run_script(main):
         main()
     except Exception as error:
         if not is_main_process():
-            time.sleep(3)  # only rank 0 reports a shared error; then torchrun ends the others
+            time.sleep(10)  # only rank 0 reports a shared error; then torchrun ends the others
         if type(error).__name__ == "OutOfMemoryError":
             sys.exit("error: out of GPU memory; lower batch_size or max_len, or see nvidia-smi")
         if not isinstance(error, InputError):

@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -150,7 +151,8 @@ class Child:
     def send_signal(self, number):
         """Send a signal to all processes, as torchrun passes it on."""
         for process in self.processes:
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(process.pid, number)
 
     def read(self, suffix):
         """Return what all processes have printed so far; suffix: "out" or "err"."""

@@ -249,11 +249,11 @@ def test_an_epoch_holds_every_text_once_in_batches_of_similar_length(project, mo
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
 def test_each_step_is_the_mean_over_its_texts(project, tmp_path, encoder_folder, processes, accumulation):
-    """22 texts in batches of 7: the last holds one, of which the other processes get none.
+    """19 texts in batches of 6: one batch holds a single text, of which the other processes get none.
 
     The gradient of the classifier's bias is then the mean of probability − label, whatever was done before.
     """
-    write_jsonl("data/train.json", [(number_text(n), ["体育", "股市"][: n % 3]) for n in range(22)])
+    write_jsonl("data/train.json", [(number_text(n), ["体育", "股市"][: n % 3]) for n in range(19)])
     code = f"""
 import json, os, torch, train, bert_multilabel_cls
 bert_multilabel_cls.pretrained_model = {encoder_folder!r}
@@ -289,7 +289,7 @@ json.dump(steps, open("steps" + os.environ.get("RANK", "0"), "w", encoding="utf-
         tuple(row[:n].tolist()): y for row, n, y in zip(dataset.input_ids, dataset.lengths, dataset.labels)
     }
     ranks = [data_preprocess.load_json(f"steps{rank}") for rank in range(processes)]
-    total = 0
+    total, texts = 0, set()
     for parts in zip(*ranks):
         errors = {}
         for seen, _ in parts:
@@ -298,10 +298,11 @@ json.dump(steps, open("steps" + os.environ.get("RANK", "0"), "w", encoding="utf-
                     text = tuple(token for token in row if token)
                     errors[text] = torch.tensor(prob) - labels[text]
         total += len(errors)
+        texts |= errors.keys()
         mean = torch.stack([*errors.values()]).mean(0) / 4  # BCELoss is the mean over the labels too
         for _, gradient in parts:
             torch.testing.assert_close(torch.tensor(gradient), mean, atol=1e-6, rtol=1e-4)
-    assert total == 22 and len(ranks[0]) == -(-4 // accumulation)
+    assert total == len(texts) == 19 and {*map(len, ranks)} == {-(-4 // accumulation)}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
@@ -444,6 +445,12 @@ def test_among_equal_thresholds_the_nearest_to_one_half_is_taken(project, monkey
     assert metrics["thresholds"] == {"single": 0.5, "by_label": [0.5]}
 
 
+@pytest.mark.parametrize("true, false, threshold", [(0.055, 0.045, 0.05), (0.96, 0.945, 0.95)])
+def test_thresholds_are_sought_from_5_to_95_percent(project, monkeypatch, true, false, threshold):
+    metrics = train_with_probs(monkeypatch, [["a"], []], [[true], [false]], ("a",), min_label_support=1)
+    assert metrics["thresholds"] == {"single": threshold, "by_label": [threshold]}
+
+
 def test_errors_come_with_the_most_confident_first(project, monkeypatch):
     train_with_probs(monkeypatch, TRUTH, PROBS)
     errors = [json.loads(line) for line in open("model/errors.jsonl", encoding="utf-8")]
@@ -486,6 +493,20 @@ def test_a_scratch_encoder_of_odd_texts_is_finite(project, monkeypatch, offline,
     bert = BertModel.from_pretrained("model/scratch_encoder")
     assert bert.embeddings.word_embeddings.weight.isfinite().all()
     assert len(BertTokenizer.from_pretrained("model/scratch_encoder")) > 5
+
+
+def test_words_with_the_same_neighbours_start_with_similar_embeddings(project, monkeypatch, offline):
+    """And with the spread of the others, which are random."""
+    small = dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    monkeypatch.setattr(data_helper, "scratch_config", small)  # fewer dimensions than tokens
+    pairs = [("cat eats fish", "dog eats fish"), ("car needs fuel", "bus needs fuel")]
+    train_from_scratch(monkeypatch, [text for pair in pairs for text in pair] * 5)
+    tokenizer = BertTokenizer.from_pretrained("model/scratch_encoder")
+    embeddings = BertModel.from_pretrained("model/scratch_encoder").embeddings.word_embeddings.weight
+    words = embeddings[tokenizer.convert_tokens_to_ids(["cat", "dog", "car", "bus"])].detach()
+    cosines = torch.cosine_similarity(words[:, None], words, dim=-1)
+    assert cosines[0, 1] > 0.9 and cosines[2, 3] > 0.9 and cosines[:2, 2:].max() < 0.5
+    assert words.std().item() == pytest.approx(0.02, rel=0.5)  # BertConfig's initializer_range
 
 
 def test_the_scratch_encoder_is_the_same_under_any_hash_seed(project, tmp_path):

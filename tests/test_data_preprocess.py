@@ -7,7 +7,7 @@ import pytest
 
 import data_preprocess
 import train
-from conftest import EXAMPLES, root, write_jsonl
+from conftest import EXAMPLES, finish, root, start, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -19,6 +19,13 @@ def test_the_suggested_max_len_covers_the_share_with_cls_and_sep(tmp_path, capsy
     path = write_jsonl(tmp_path / "a.json", [("字" * n, ["x"]) for n in range(10, 0, -1)])
     data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"), ratio)
     assert f"length   max_len={max_len} covers={100 * ratio:g}% longest=12 " in capsys.readouterr().out
+
+
+def test_a_share_is_not_rounded_up_by_the_error_of_floats(tmp_path, capsys):
+    """25 * 0.28 is a little more than 7."""
+    path = write_jsonl(tmp_path / "a.json", [("字" * n, ["x"]) for n in range(1, 26)])
+    data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"), 0.28)
+    assert "length   max_len=9 covers=28% longest=27 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01])
@@ -39,6 +46,15 @@ def test_preprocess_sorts_labels_and_says_what_it_found(tmp_path, capsys):
     lengths = "max_len=6 covers=50% longest=10 truncated_at_6=2 truncated_at_128=0 truncated_at_512=0\n"
     assert f"length   {lengths}" in printed
     assert 'fewer_than=5_examples names={"中超": 2, "体育": 3, "股市": 2, "财经": 3}' in printed
+
+
+def test_a_label_that_a_text_has_twice_counts_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_preprocess, "min_label_count", 2)
+    path = write_jsonl(tmp_path / "train.json", [("字", ["x", "x"]), ("字", ["y"]), ("字", ["y"])])
+    data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"))
+    printed = capsys.readouterr().out
+    assert "labels=2 labels_per_text=1.00 max_labels=1 " in printed
+    assert 'labels=1 fewer_than=2_examples names={"x": 1}\n' in printed
 
 
 def test_label_index_is_the_same_under_any_hash_seed(tmp_path):
@@ -127,6 +143,7 @@ def test_preprocess_refuses_data_without_labels(tmp_path):
         '{"a": 0, "b": 0}',
         '{"a": 0, "b": 2}',
         '{"a": true}',
+        '{"a": false}',
         '{"a": "0"}',
         '{"a": 0',
     ],
@@ -148,22 +165,39 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert "标签" in path.read_text(encoding="utf-8")
 
 
-def test_importing_reads_writes_and_asks_nothing(tmp_path):
+def test_a_file_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    path = str(tmp_path / "a.json")
+    data_preprocess.dump_json({"old": 0}, path)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="cannot be written .No space left on device.; .* MiB are free"):
+        data_preprocess.dump_json({"new": 0}, path)
+    assert data_preprocess.load_json(path) == {"old": 0} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_importing_reads_writes_and_asks_nothing(tmp_path, monkeypatch):
     """In an empty folder, with every network call and every write forbidden."""
-    watch = f"""
+    monkeypatch.chdir(tmp_path)
+    watch = """
 import sys
-sys.path.insert(0, {str(root)!r}); sys.dont_write_bytecode = True
-import torch, transformers, sklearn.metrics, tqdm, transformers.trainer_pt_utils
-from transformers import BertModel, BertTokenizer
+sys.dont_write_bytecode = True
 def hook(event, arguments):
     if event.startswith("socket.") and event != "socket.__new__":
         raise RuntimeError(event)
     ours = event == "open" and str(arguments[0]).endswith((".json", ".pth"))
     if event == "open" and (ours or arguments[1] not in ("r", "rb", None)):
-        raise RuntimeError(f"{{event}} {{arguments}}")
+        raise RuntimeError(f"{event} {arguments}")
+scripts = ("data_preprocess", "bert_multilabel_cls", "data_helper", "train", "predict")
+for name in scripts:
+    del sys.modules[name]  # loaded by the process that this one was forked from
 sys.addaudithook(hook)
 import data_preprocess, bert_multilabel_cls, data_helper, train, predict
+try:
+    open("a.json")
+except RuntimeError:
+    print("watched")
 """
-    run = subprocess.run([sys.executable, "-c", watch], cwd=tmp_path, capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert finish(start(watch)) == (0, "watched\n", "")
     assert os.listdir(tmp_path) == []

@@ -311,6 +311,8 @@ def test_a_file_is_labelled_in_its_order_with_what_else_is_in_it(
     assert [row["probability"] for row in rows] == [
         {label: pytest.approx(prob, abs=1e-4) for label, prob in some} for some in pairs
     ]
+    assert all(prob == round(prob, 4) for row in rows for prob in row["probability"].values())
+    assert '"label": ["中超", "体育"' in Path("out/labels.json").read_text(encoding="utf-8")  # no \u4e2d
     assert any(row["label"] for row in rows) and os.listdir("out") == ["labels.json"]
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import bert_multilabel_cls
 import data_preprocess
 import train
 from bert_multilabel_cls import load_model
-from conftest import EXAMPLES, contents, finish, script, start, write_jsonl
+from conftest import EXAMPLES, contents, finish, script, set_up, start, write_jsonl
 from data_preprocess import InputError
 
 if sys.platform == "win32":
@@ -32,12 +33,33 @@ def step(*arguments, **options):
 torch.optim.AdamW.step = step
 """
 SLOW = AT_STEP.format("time.sleep(0.05)")
+KILLED_AT_STEP = AT_STEP.format("if steps[0] == {}: os.kill(os.getpid(), signal.SIGKILL)")
+KILLED_AT_MOVE = """
+import os, signal
+moves = [0]
+def counted(real):
+    def move(*arguments, **options):
+        if moves[0] == {}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moves[0] += 1
+        return real(*arguments, **options)
+    return move
+for name in {}:
+    setattr(os, name, counted(getattr(os, name)))
+"""
+NO_HUB = """
+import bert_multilabel_cls
+def no_hub(*_, **__):
+    raise ConnectionError("no network in tests")
+bert_multilabel_cls.HfApi.model_info = bert_multilabel_cls.snapshot_download = no_hub
+"""
 
 
 def results(folder):
-    """Return weights, metrics and history of a finished run, without the seconds that it took."""
+    """Return weights, metrics and history of a finished run, without seconds and folders."""
     metrics = data_preprocess.load_json(f"{folder}/metrics.json")
     del metrics["train_seconds"], metrics["constants"]["save_model_path"]
+    metrics["used"]["encoder"] = os.path.basename(metrics["used"]["encoder"])
     history = [json.loads(line) for line in open(f"{folder}/history.jsonl", encoding="utf-8")]
     for row in history:
         del row["seconds"]
@@ -61,29 +83,41 @@ def run_to_end(code, processes=1):
 def test_a_run_killed_anywhere_again_and_again_ends_as_if_it_had_not_been(
     project, encoder_folder, precision, processes
 ):
-    """Kills at random moments, 12 with one process; every optimizer step is a checkpoint."""
+    """12 kills at random moments with one process, 3 with two; every optimizer step is a checkpoint."""
     code = script(encoder_folder, epochs=10, checkpoint_minutes=0, accumulation_steps=2, precision=precision)
     run_to_end(code, processes)
     shutil.move("model", "reference")
     assert not os.path.exists("reference/checkpoint.pth")
     reference, chance, kills, moments = results("reference"), random.Random(precision), 0, set()
     while kills < 12 // processes**2:
-        child, end = start(code, processes), time.monotonic() + chance.uniform(0.2, 1.2)
-        while time.monotonic() < end and child.poll() is None:
-            time.sleep(0.005)
+        child = start(code, processes)
+        checkpoints = chance.randrange(7)
+        wait_for_checkpoints(child, checkpoints)
+        time.sleep(chance.uniform(0, 0.03 if checkpoints else 0.5))  # a step, or the start
         if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
-            child.finish()
+            with suppress(ProcessLookupError):  # it has just ended
+                child.send_signal(signal.SIGKILL)
+        exit_code, out, err = child.finish()
+        if exit_code == -signal.SIGKILL:
             kills += 1
             moments.add(left_behind())
         else:
-            assert child.finish()[0] == 0, child.finish()
+            assert exit_code == 0, out + err
             assert_same("model", reference)
             shutil.rmtree("model")
     run_to_end(code, processes)
     assert_same("model", reference)
-    assert moments != {None}  # the kills did not all come before the first step
+    assert len(moments - {None}) > kills // 4  # the kills were spread over the run
     assert not [name for name in os.listdir("model") if "checkpoint" in name or "tmp" in name]
+
+
+def wait_for_checkpoints(child, number):
+    """Wait until a process has saved so many checkpoints, or has ended: however slow the machine is."""
+    seen, end = set(), time.monotonic() + 120
+    while len(seen) <= number and child.poll() is None:
+        assert time.monotonic() < end, child.read("out") + child.read("err")
+        seen.add(os.stat(CHECKPOINT).st_mtime_ns if os.path.exists(CHECKPOINT) else None)
+        time.sleep(0.003)
 
 
 def left_behind():
@@ -99,18 +133,47 @@ def left_behind():
     return saved["epoch"], saved["batch"]
 
 
-@pytest.mark.parametrize("killed_at", [5, 12, 13, 20, 30])  # 12 steps an epoch
-def test_a_killed_run_that_trains_on_from_its_own_folder_goes_on_too(project, encoder_folder, killed_at):
-    """The first model is saved over the encoder that the run started from."""
-    run_to_end(script(encoder_folder))
-    shutil.copytree("model", "never_stopped")
-    run_to_end(script("./never_stopped", save_model_path="./never_stopped", epochs=4))
-    die = AT_STEP.format(f"if steps[0] == {killed_at}: os._exit(9)")
-    code = script("./model", save_model_path="./model", epochs=4, checkpoint_minutes=0)
-    assert finish(start(die + code))[0] == 9
-    assert "\nresume " in run_to_end(code)
-    weights, stopped = results("never_stopped")[0], results("model")[0]
-    torch.testing.assert_close(stopped, weights, atol=0, rtol=0)
+TRAIN_ON = script("./model")
+EVERY_STEP_SAVED = script("./model", checkpoint_minutes=0)
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory, encoder_folder):
+    """A folder with a trained model in before/, and in after/ what it is after a run from there."""
+    folder = tmp_path_factory.mktemp("trained_on")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_up(folder, monkeypatch, encoder_folder)
+        run_to_end(script(encoder_folder))
+        shutil.copytree("model", "before")
+        run_to_end(TRAIN_ON)
+        shutil.move("model", "after")
+    return folder
+
+
+def killed_at_move(number):
+    return KILLED_AT_MOVE.format(number, ("replace", "rename")) + TRAIN_ON
+
+
+@pytest.mark.parametrize(
+    "killed",
+    [
+        *(
+            pytest.param(KILLED_AT_STEP.format(n) + EVERY_STEP_SAVED, id=f"step {n}")
+            for n in (5, 12, 13, 20, 30)
+        ),
+        *(pytest.param(killed_at_move(n), id=f"move {n}") for n in range(1, 10)),
+    ],
+)
+def test_a_killed_run_that_trains_on_from_its_own_folder_resumes_too(project, trained_on, killed):
+    """The first model is saved over the encoder that the run started from.
+
+    12 steps an epoch. Of the moves, 0 and 8 are checkpoints, 1 and 9 history.jsonl, 2 to 7 the model.
+    """
+    shutil.copytree(trained_on / "before", "model")
+    assert finish(start(killed))[0] == -signal.SIGKILL
+    left_behind()
+    assert "\nresume   from ./model/checkpoint.pth epoch=" in run_to_end(TRAIN_ON)
+    assert_same("model", results(trained_on / "after"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -135,17 +198,15 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
 
 
 def test_a_signal_before_training_begins_ends_in_silence(project, encoder_folder):
-    wait = "import time, train\ntrain.accuracy_score = None\nprint('ready', flush=True)\n"
-    slow_file = (
-        "import torch\ntorch.Generator = lambda: time.sleep(60)\n"  # the first batches are never drawn
-    )
-    child = start(wait + slow_file + script(encoder_folder))
-    while "data " not in child.read("out"):
+    """In the minute in which the first batches are drawn."""
+    wait = "import time, torch\ntorch.Generator = lambda: print('drawing', flush=True) or time.sleep(60)\n"
+    child = start(wait + script(encoder_folder))
+    while "drawing" not in child.read("out"):
+        assert child.poll() is None
         time.sleep(0.01)
-    time.sleep(0.3)
     child.send_signal(signal.SIGINT)
-    exit_code, _, err = finish(child)
-    assert (exit_code, err) == (130, "") and not (project / "model").exists()
+    exit_code, out, err = child.finish(20)
+    assert (exit_code, err) == (130, "") and "stopped" not in out and not (project / "model").exists()
 
 
 def test_one_of_two_processes_is_killed_and_the_run_goes_on(project, encoder_folder):
@@ -223,62 +284,65 @@ def test_what_does_not_change_the_result_may_change(project, monkeypatch, capsys
     assert "\nresume   from ./model/checkpoint.pth epoch=2 batch=0\n" in capsys.readouterr().out
 
 
-def save_counting_moves(monkeypatch, model, tokenizer, label2idx, killed_at):
-    """Save a model, and be killed at the given one of all moves of files; return whether it was."""
-    moves = []
-
-    def counted(real):
-        def move(*paths):
-            if len(moves) == killed_at:
-                raise KeyboardInterrupt
-            moves.append(paths)
-            real(*paths)
-
-        return move
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "rename", "remove"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        try:
-            bert_multilabel_cls.save_model(model, tokenizer, label2idx, "model", {"single": 0.3})
-        except KeyboardInterrupt:
-            return True
-    return False
+SAVE_OTHER_LABELS = """
+import torch
+from bert_multilabel_cls import load_model, save_model
+model, tokenizer, label2idx = load_model("model", "")
+torch.nn.init.ones_(model.fc.bias)
+others = {f"新{label}": idx for label, idx in label2idx.items()}
+save_model(model, tokenizer, others, "model", {"single": 0.3})
+"""
 
 
-@pytest.mark.parametrize("killed_at", range(8))  # staging, config.json away, five files, and none
+@pytest.mark.parametrize("killed_at", range(9))
 def test_a_save_that_is_killed_leaves_one_model_or_says_that_it_does_not(project, monkeypatch, killed_at):
-    """With other labels than before; the next run completes the save, and a note of somebody's stays."""
+    """With other labels than before. The next run completes the save, and a note of somebody's stays.
+
+    8 moves: the finished folder, config.json away, five files, the emptied folder away. Then no kill.
+    """
     train.train()
     Path("model/note.txt").write_text("mine", encoding="utf-8")
-    model, tokenizer, label2idx = load_model("model", "")
-    before = model.fc.bias.clone()
-    torch.nn.init.ones_(model.fc.bias)
+    old, _, label2idx = load_model("model", "")
     others = {f"新{label}": idx for label, idx in label2idx.items()}
-    killed = save_counting_moves(monkeypatch, model, tokenizer, others, killed_at)
-    assert killed == (killed_at < 7)
+
+    def is_new(path):
+        """Return whether a path gives the new model; check that it gives the new or the old one."""
+        left, _, labels = load_model(path, "")
+        new = labels == others
+        assert labels == (others if new else label2idx)
+        assert torch.equal(left.fc.bias, torch.ones(4) if new else old.fc.bias)
+        assert left.bert.config.thresholds == ({"single": 0.3} if new else old.bert.config.thresholds)
+        return new
+
+    killed = KILLED_AT_MOVE.format(killed_at, ("replace", "rename", "remove", "rmdir"))
+    code, _, err = finish(start(killed + SAVE_OTHER_LABELS))
+    assert code == (0 if killed_at == 8 else -signal.SIGKILL), err
     for path in ("model", "model/multi_label_cls.pth"):
         try:
-            left, _, labels = load_model(path, "")
+            assert is_new(path) == (killed_at > 0)
         except InputError as error:
-            assert "a save was interrupted; run python train.py again" in str(error) and killed
-        else:
-            new = labels == others
-            assert torch.equal(left.fc.bias, model.fc.bias if new else before) and (
-                new or labels == label2idx
-            )
-            assert left.bert.config.thresholds == {"single": 0.3} or not new
+            assert "a save was interrupted; run python train.py again" in str(error) and 0 < killed_at < 8
+    stop_after(monkeypatch, 0)
+    assert is_new("model") == is_new("model/multi_label_cls.pth") == (killed_at > 0)
     train.train()
     assert load_model("model", "")[2] == label2idx and Path("model/note.txt").read_text("utf-8") == "mine"
     assert not [name for name in os.listdir("model") if "tmp" in name]
 
 
-def test_two_runs_into_two_folders_share_no_file(project, encoder_folder):
-    """Started in the same second, from one encoder."""
-    children = [start(script(encoder_folder, save_model_path=path, tensorboard_name="runs")) for path in "ab"]
-    assert [finish(child)[0] for child in children] == [0, 0]
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_two_runs_into_two_folders_share_no_file(project, encoder_folder, from_scratch):
+    """At the same time; from one encoder, or each from a small BERT of its own."""
+    small = "dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32)"
+    begin = f"{NO_HUB}import data_helper\ndata_helper.scratch_config = {small}\n" if from_scratch else ""
+    encoder = bert_multilabel_cls.default_model if from_scratch else encoder_folder
+    options = {"tensorboard_name": "runs", "scratch_epochs": 2}
+    children = [start(begin + script(encoder, save_model_path=path, **options)) for path in "ab"]
+    for child in children:
+        exit_code, out, err = finish(child)
+        assert exit_code == 0, out + err
     written = {path.split(os.sep)[0] for path in contents(".")}
     assert written == {"a", "b", "data"} and len(os.listdir("a/runs")) == len(os.listdir("b/runs")) == 1
+    assert os.path.exists("a/scratch_encoder") == os.path.exists("b/scratch_encoder") == from_scratch
     assert_same("a", results("b"))
 
 
@@ -354,7 +418,7 @@ def test_a_second_ctrl_c_interrupts_at_once(project, encoder_folder):
     for _ in range(2):
         time.sleep(0.3)
         child.send_signal(signal.SIGINT)
-    assert finish(child, 20)[0] == 130 and "stopped" not in child.read("out")
+    assert child.finish(20)[0] == 130 and "stopped" not in child.read("out")
 
 
 def test_out_of_gpu_memory_names_batch_length_and_constants(project, monkeypatch):
