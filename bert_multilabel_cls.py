@@ -6,12 +6,15 @@ A trained model's folder needs nothing else to predict, and transformers reads i
     model/model.safetensors     the same weights as a BertForSequenceClassification
     model/config.json           sizes, labels, tuned thresholds, truncation
     model/tokenizer*.json       the tokenizer
+    model/previous/             the finished model before this one
 """
 
 import copy
 import ctypes
+import glob
 import os
 import re
+import shutil
 import threading
 from contextlib import contextmanager, suppress
 
@@ -24,12 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data_preprocess import InputError, atomic_folder, check_number, load_json_object, load_label2idx
-from data_preprocess import short_message, sibling_path
+from data_preprocess import InputError, check_number, dump_jsonl, fsync_file, load_json_object
+from data_preprocess import load_label2idx, log, short_message, sibling_path, write_error
 
 default_model = "bert-base-chinese"  # do not change: the one that a small BERT replaces if it is missing
 pretrained_model = default_model  # any BERT: a Hugging Face id, or a local folder
 hub_timeout = 8  # seconds after which the hub counts as unreachable
+run_files = "*.safetensors *token*.json vocab.txt metrics.json history.jsonl errors.jsonl config.json".split()
 
 
 class BertMultiLabelCls(nn.Module):
@@ -101,9 +105,9 @@ def find_encoder(name):
         names = list_hub_files(name)
     except Exception as error:  # anything that the network, a proxy or the hub may answer
         return None, (
-            f"the encoder {name} was not found; tried: a folder of that name; the cache "
-            f"{constants.HF_HUB_CACHE}; the hub {constants.ENDPOINT} ({short_message(error)}); to get it, "
-            "set a mirror (HF_ENDPOINT=https://hf-mirror.com), or copy its config.json, vocab.txt and "
+            f"the encoder {name} was not found; tried: a folder of that name in {os.getcwd()}; the "
+            f"cache {constants.HF_HUB_CACHE}; the hub {constants.ENDPOINT} ({short_message(error)}); to get "
+            "it, set a mirror (HF_ENDPOINT=https://hf-mirror.com), or copy its config.json, vocab.txt and "
             "model.safetensors into a folder and set pretrained_model in bert_multilabel_cls.py to it"
         )
     weights = "*.safetensors*" if ".safetensors" in " ".join(names) else "pytorch_model*.bin*"
@@ -185,10 +189,11 @@ def offline():
             transformers_logging.enable_progress_bar()
 
 
-def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncation=(128, 0)):
+def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncation=(128, 0), history=None):
     """Write the folder of a trained model; model_path names it, or the .pth in it.
 
-    thresholds: tuned on dev. truncation: max_len, keep_tail. Raises InputError, with the old model untouched.
+    thresholds: tuned on dev. truncation: max_len, keep_tail. history: a dict per epoch, for history.jsonl.
+    Raises InputError, with the old model untouched.
     """
     config = copy.deepcopy(model.bert.config)
     config.id2label, config.label2id = {idx: label for label, idx in label2idx.items()}, label2idx
@@ -203,10 +208,78 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncat
     state_dict = model.state_dict()
     state_dict._metadata[""].update(model_info(config))  # torch.save keeps it, load_state_dict ignores it
     folder, pth_name = os.path.split(get_pth_path(model_path))
-    with atomic_folder(folder or ".") as new_folder, offline():
+    with atomic_folder(folder or ".", pth_name) as new_folder, offline():
         exported.save_pretrained(new_folder)
         tokenizer.save_pretrained(new_folder)
         torch.save(state_dict, os.path.join(new_folder, pth_name))
+        if history:
+            dump_jsonl(history, os.path.join(new_folder, "history.jsonl"))
+
+
+@contextmanager
+def atomic_folder(folder, pth_name=None):
+    """Give an empty folder to write to; at the end of the block its files move to `folder`.
+
+    pth_name: of a trained model; a finished one that is replaced goes to folder/previous.
+    Raises InputError, with the old files untouched, if they cannot be written.
+    """
+    unfinished, finished = (os.path.join(folder, name) for name in ("unfinished.tmp", "finished.tmp"))
+    try:
+        complete_save(folder, pth_name)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+        yield unfinished
+        for path in (os.path.join(unfinished, name) for name in os.listdir(unfinished)):
+            shutil.copymode(os.path.join(unfinished, "config.json"), path)  # safetensors are written as 0600
+            fsync_file(path)
+        if pth_name and is_finished(folder, pth_name):
+            os.makedirs(os.path.join(folder, "previous.tmp"))
+            log("note", f"the finished model in {folder} moves to {os.path.join(folder, 'previous')}")
+        os.rename(unfinished, finished)
+        complete_save(folder, pth_name)
+    except Exception as error:  # a full disk: an OSError, torch.save's RuntimeError, or one of safetensors
+        raise InputError(write_error(folder, error)) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def is_finished(folder, pth_name):
+    """Return whether a folder has a model that is worth keeping: of a finished run, or from elsewhere."""
+    config_path = os.path.join(folder, "config.json")
+    is_ours = os.path.exists(config_path) and "truncation" in load_json_object(config_path)
+    has_weights = any(os.path.exists(os.path.join(folder, name)) for name in (pth_name, "model.safetensors"))
+    return os.path.exists(os.path.join(folder, "metrics.json")) or has_weights and not is_ours
+
+
+def complete_save(folder, pth_name=None):
+    """Move the files that atomic_folder finished into place, also those that a killed run left.
+
+    config.json is removed first and comes last: in between, the folder does not load.
+    """
+    finished, previous = os.path.join(folder, "finished.tmp"), os.path.join(folder, "previous.tmp")
+    if os.path.isdir(finished) and os.path.isdir(previous):
+        keep_previous(folder, pth_name)
+    shutil.rmtree(previous, ignore_errors=True)  # of a save that was not finished: empty
+    if os.path.exists(os.path.join(finished, "config.json")):
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, "config.json"))
+    if os.path.isdir(finished):
+        for name in sorted(os.listdir(finished), key="config.json".__eq__):
+            os.replace(os.path.join(finished, name), os.path.join(folder, name))
+        os.rmdir(finished)
+
+
+def keep_previous(folder, pth_name):
+    """Move all files of the finished run in `folder` to folder/previous, by way of previous.tmp."""
+    previous, metrics_path = os.path.join(folder, "previous.tmp"), os.path.join(folder, "metrics.json")
+    run_name = load_json_object(metrics_path).get("run_name", "") if os.path.exists(metrics_path) else ""
+    curves = [os.path.join("runs", glob.escape(run_name))] if run_name else []
+    for pattern in (*curves, glob.escape(pth_name), *run_files):
+        for name in glob.glob(pattern, root_dir=folder):
+            os.makedirs(os.path.dirname(os.path.join(previous, name)), exist_ok=True)
+            os.replace(os.path.join(folder, name), os.path.join(previous, name))
+    shutil.rmtree(os.path.join(folder, "previous"), ignore_errors=True)
+    os.rename(previous, os.path.join(folder, "previous"))
 
 
 def model_info(config):
@@ -247,6 +320,8 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
             raise InputError(f"{encoder}: its problem_type is {config.problem_type!r}, not multi-label")
     if "labels" in info and any(info[key] != value for key, value in model_info(config).items()):
         raise InputError(f"{weights_path}: of another run than the config.json beside it; train again")
+    if isinstance(by_label := config.thresholds.get("by_label"), list):  # as written before they had names
+        config.thresholds["by_label"] = dict(zip(label2idx, by_label, strict=True))
     if (num_labels := len(state_dict["fc.bias"])) != len(label2idx):
         source = label2idx_path if from_article else encoder
         raise InputError(f"{weights_path}: has {num_labels} labels, but {source} lists {len(label2idx)}")
@@ -268,7 +343,8 @@ def load_weights(model_path):
     path = os.path.join(model_path, "model.safetensors")
     path = path if os.path.exists(path) else get_pth_path(model_path)
     if not os.path.exists(path):
-        raise InputError(f"{path}: there is no trained model yet; run: python train.py")
+        remedy = f"run: python train.py; paths start from {os.getcwd()}"
+        raise InputError(f"{path}: there is no trained model yet; {remedy}")
     state_dict = torch_load(path)
     if path.endswith(".safetensors"):
         state_dict = {key.replace("classifier.", "fc.", 1): tensor for key, tensor in state_dict.items()}

@@ -19,8 +19,8 @@ from transformers import AddedToken, BertConfig, BertModel, BertTokenizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
-from bert_multilabel_cls import check_truncation, load_pretrained, offline
-from data_preprocess import InputError, atomic_folder, get_world_size, is_main_process, load_label2idx
+from bert_multilabel_cls import atomic_folder, check_truncation, load_pretrained, offline
+from data_preprocess import InputError, get_world_size, is_main_process, load_label2idx
 from data_preprocess import read_examples, run_script
 
 tokenize_chunk_size = 1000  # texts tokenized at a time
@@ -44,7 +44,7 @@ class MultiClsDataSet(Dataset):
     An item is (input_ids, attention_mask, token_type_ids, labels); note that `encoder` returns mask and types
     the other way round. With a list as index an item is a batch, padded to its own longest text.
     tokenizer: by default of `pretrained_model`. label2idx: by default read from label2idx_path. keep_tail:
-    tokens kept from the end of a truncated text. examples: (text, labels) pairs to use in place of a file.
+    tokens kept from the end of a truncated text. examples: (text, labels) pairs in place of a file.
     Stored are the ids, 4 bytes a token, and 1 byte a label of a text. lengths: (N,) tokens.
     Raises InputError naming file and line if an example is invalid.
     """
@@ -82,7 +82,9 @@ class MultiClsDataSet(Dataset):
 
         def iter_texts():
             """Yield each text after adding its row of labels: no file is held in memory."""
-            for text, labels in read_examples(data_path, self.label2idx) if examples is None else examples:
+            for *_, text, labels in (
+                read_examples(data_path, self.label2idx) if examples is None else examples
+            ):
                 row = bytearray(self.class_num)
                 for label in labels:
                     row[self.label2idx[label]] = 1
@@ -228,9 +230,9 @@ def metrics_from_counts(counts):
 
 
 def per_label_metrics(counts, names):
-    """Return {label: {precision, recall, f1, support}} of confusion_counts."""
-    keys = ("precision", "recall", "f1", "support")
-    columns = [values.tolist() for values in (*precision_recall_f1(*counts[:3].double()), counts[0])]
+    """Return {label: {precision, recall, f1, support, predicted}} of confusion_counts; the last are texts."""
+    keys = ("precision", "recall", "f1", "support", "predicted")
+    columns = [values.tolist() for values in (*precision_recall_f1(*counts[:3].double()), *counts[:2])]
     rows = zip(*columns, strict=True)
     return {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
@@ -242,13 +244,15 @@ def compute_metrics(labels, probs, threshold=0.5):
 
 def metrics_report(labels, probs, names, thresholds):
     """Return metrics at 0.5 and at the tuned thresholds, and by label at 0.5."""
-    tuned = {f"at_{kind}": compute_metrics(labels, probs, torch.tensor(t)) for kind, t in thresholds.items()}
+    by_label = torch.tensor([thresholds["by_label"][name] for name in names])
+    tuned = {"at_single": compute_metrics(labels, probs, thresholds["single"])}
+    tuned["at_by_label"] = compute_metrics(labels, probs, by_label)
     by_label = per_label_metrics(confusion_counts(labels > 0.5, probs > 0.5), names)
     return {"at_0.5": compute_metrics(labels, probs), **tuned, "by_label": by_label}
 
 
-def tune_thresholds(labels, probs, min_label_support):
-    """Return {"single": t, "by_label": [t, …]} from 0.05 to 0.95, with the best micro F1, or F1 by label.
+def tune_thresholds(labels, probs, names, min_label_support):
+    """Return {"single": t, "by_label": {name: t}} from 0.05 to 0.95, with the best micro F1, or F1 by label.
 
     At a tie the nearest to 0.5; a label with fewer than min_label_support examples takes the single one.
     For dev only: on the texts they were tuned on, thresholds always look good.
@@ -272,18 +276,21 @@ def tune_thresholds(labels, probs, min_label_support):
     support, predicted, true_positives = labels.sum(0).double(), above(keys), above(keys[labels > 0.5])
     [single] = best(support.sum(), predicted.sum(1, keepdim=True), true_positives.sum(1, keepdim=True))
     by_label = zip(best(support, predicted, true_positives), support >= min_label_support, strict=True)
-    return {"single": single, "by_label": [own if enough else single for own, enough in by_label]}
+    by_label = [own if enough else single for own, enough in by_label]
+    return {"single": single, "by_label": dict(zip(names, by_label, strict=True))}
 
 
-def misclassified(texts, labels, probs, names):
-    """Return a dict for each text with a wrong label at 0.5, the most confident mistakes first."""
+def misclassified(examples, labels, probs, names):
+    """Return a dict for each (location, text, labels) with a wrong label at 0.5, the most confident first."""
     true, predicted = labels > 0.5, probs > 0.5
     max_error = torch.where(true, 1 - probs, probs).max(1).values
     rows = []
     for i in max_error.argsort(descending=True, stable=True).tolist():
         if not torch.equal(true[i], predicted[i]):
             shown = (true[i] | predicted[i]).nonzero().flatten().tolist()
-            row = {"text": texts[i], "true": [names[c] for c in shown if true[i, c]]}
+            file, _, line = examples[i][0].rpartition(":")
+            row = {"file": file, "line": int(line), "text": examples[i][1]}
+            row["true"] = [names[c] for c in shown if true[i, c]]
             row["predicted"] = [names[c] for c in shown if predicted[i, c]]
             row["probability"] = {names[c]: round(probs[i, c].item(), 4) for c in shown}
             rows.append(row)

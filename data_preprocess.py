@@ -1,61 +1,93 @@
-"""Check the training file and write the label index.
+"""Check the data and write the label index; before that, split one table into the three data files.
 
-reads   ./data/train.json       one example a line: {"text": "...", "label": ["...", ...]}
-writes  ./data/label2idx.json   {"label": column, ...}, labels sorted
-prints  how many texts and labels there are, which max_len to choose, which labels are rare
+reads   ./data/train.json, dev.json, test.json   one example a line: {"text": "...", "label": ["...", ...]}
+        table_path                if set, a .csv or .tsv file with a header, or JSONL
+writes  ./data/label2idx.json     {"label": column, ...}, labels sorted
+        ./data/train.json, dev.json, test.json   the rows of table_path, if it is set
+prints  how many texts and labels there are, which max_len to choose, and what looks wrong in the data
 run     python data_preprocess.py
 
-This file needs the standard library only. The other scripts take from it the reader of JSONL, the
+Besides tqdm this file needs the standard library only. The other scripts take from it the readers, the
 atomic write, the log line, and how a script ends on an error or a signal.
 """
 
+import csv
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import threading
 import time
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
+from itertools import chain, combinations
+
+from tqdm import tqdm
 
 train_data_path = "./data/train.json"
+dev_data_path = "./data/dev.json"
+test_data_path = "./data/test.json"
 label2idx_path = "./data/label2idx.json"
 max_len_ratio = 0.9  # share of the texts that the suggested max_len covers, above 0 and at most 1
 common_max_lens = (128, 512)  # tokens: the default of train.py, and the limit of BERT
-min_label_count = 5  # labels with fewer training examples are listed as rare
+min_label_count = 5  # labels with fewer training examples count as rare
+shown_labels = 5  # so many of the most frequent and of the rarest labels are printed
 num_special_tokens = 2  # [CLS] and [SEP]
-log_columns = 100  # longer log lines are wrapped
+log_columns = 100  # longer log lines are wrapped, in a narrower terminal earlier
+bar_delay = 3  # seconds before reading and tokenizing show a bar
+unknown_label = "if training has it, run python data_preprocess.py; if not, remove it, or add examples of it"
+unreadable_formats = {  # by the first bytes
+    b"PK\x03\x04": "an .xlsx or .zip file; save it in Excel as CSV UTF-8, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an .xls file; save it in Excel as CSV UTF-8",
+    b"\x1f\x8b": "compressed with gzip; unpack it: gunzip FILE",
+    b"\xff\xfe": "UTF-16, not UTF-8; save it in Excel as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+    b"PAR1": "a Parquet file; save it as CSV or JSONL",
+}
+
+# One table, in place of the three files.
+table_path = ""  # .csv or .tsv with a header, or JSONL; "" if the three files are there
+split = (0.8, 0.1, 0.1)  # shares of the texts for training, dev and test
+text_column = "text"  # its name in the header
+label_columns = ["label"]  # one column of labels joined by label_separator, or several of 0 and 1
+label_separator = ";"  # between the labels of a cell
 
 
-def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9):
-    """Write the label index of a training file, and print statistics of the file.
+def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9, other_paths=()):
+    """Write the label index of a training file, and print statistics of the data.
 
     Labels are sorted, so that preprocessing again never swaps the labels of a trained model.
-    Raises InputError naming file and line if an example is invalid, or if no example has a label.
+    other_paths: of dev and test, which are checked too.
+    Raises InputError naming file and line if an example is invalid, if no training example has a label, or if
+    dev or test have labels that training has not.
     """
-    text_lengths, labels_per_text, label_counts = [], [], Counter()
-    for text, labels in read_examples(train_data_path):
-        text_lengths.append(len(text))
-        labels_per_text.append(len(set(labels)))
-        label_counts.update(set(labels))
-    if not label_counts:
+    check_writable(label2idx_path)
+    stats = {path: scan_examples(path) for path in (train_data_path, *other_paths)}
+    train = stats[train_data_path]
+    if not train.label_counts:
         raise InputError(f"{train_data_path}: no example has a label")
-    max_len = suggest_max_len(text_lengths, max_len_ratio)
-    dump_json({label: idx for idx, label in enumerate(sorted(label_counts))}, label2idx_path)
-    mean = f"{sum(labels_per_text) / len(labels_per_text):.2f}"
-    counts = {"labels": len(label_counts), "labels_per_text": mean, "max_labels": max(labels_per_text)}
-    log("texts", count=len(text_lengths), **counts, without_label=labels_per_text.count(0))
-    tokens = [length + num_special_tokens for length in text_lengths]
-    cuts = {f"truncated_at_{n}": sum(t > n for t in tokens) for n in (max_len, *common_max_lens)}
+    max_len = suggest_max_len(train.text_lengths, max_len_ratio)
+    label2idx = {label: idx for idx, label in enumerate(sorted(train.label_counts))}
+    dump_json(label2idx, label2idx_path)
+    num_texts, sizes = len(train.text_lengths), train.labels_per_text
+    counts = {"labels": len(label2idx), "labels_per_text": f"{sum(sizes) / num_texts:.2f}"}
+    log("texts", count=num_texts, **counts, max_labels=max(sizes), without_label=sizes.count(0))
+    tokens = [length + num_special_tokens for length in train.text_lengths]
+    cuts = {f"over_{n}": sum(t > n for t in tokens) for n in (max_len, *common_max_lens)}
     log("length", max_len=max_len, covers=f"{100 * max_len_ratio:g}%", longest=max(tokens), **cuts)
-    rare = {label: count for label, count in sorted(label_counts.items()) if count < min_label_count}
-    names = json.dumps(rare, ensure_ascii=False)
-    log("rare", labels=len(rare), fewer_than=f"{min_label_count}_examples", names=names)
+    rare = sum(count < min_label_count for count in train.label_counts.values())
+    log("rare", labels=rare, fewer_than=f"{min_label_count}_examples")
+    log_label_counts([file.label_counts for file in stats.values()])
+    log_suspects(list(stats.values()))
     log("wrote", path=label2idx_path)
+    check_labels_known(stats, label2idx)
 
 
 def suggest_max_len(text_lengths, max_len_ratio):
@@ -68,8 +100,209 @@ def suggest_max_len(text_lengths, max_len_ratio):
     return sorted(text_lengths)[covered - 1] + num_special_tokens
 
 
+FileStats = namedtuple("FileStats", "text_lengths labels_per_text label_counts first_locations text_hashes")
+
+
+def scan_examples(data_path):
+    """Return the FileStats of a data file. Raises InputError naming file and line for an invalid example."""
+    stats = FileStats([], [], Counter(), {}, set())
+    for location, text, labels in read_examples(data_path):
+        stats.text_lengths.append(len(text))
+        stats.labels_per_text.append(len(set(labels)))
+        stats.label_counts.update(set(labels))
+        stats.text_hashes.add(hash(text_key(text)))
+        for label in labels:
+            stats.first_locations.setdefault(label, location)
+    return stats
+
+
+def text_key(text):
+    """Return what makes two texts the same one: all but white space."""
+    return " ".join(text.split())
+
+
+def log_label_counts(label_counts):
+    """Print the most frequent and the rarest labels, with their texts in training, dev and test."""
+    ranked = sorted(label_counts[0], key=lambda label: (-label_counts[0][label], label))
+    hidden = len(ranked) - 2 * shown_labels
+    for number, label in enumerate(ranked):
+        if hidden <= 0 or number < shown_labels or number >= shown_labels + hidden:
+            counts = zip(("train", "dev", "test"), label_counts)
+            log("label", shorten(label), **{name: count[label] for name, count in counts})
+        elif number == shown_labels:
+            log("label", f"… {hidden} others")
+
+
+def log_suspects(stats):
+    """Print which labels are probably one, or several joined, and how many texts stand in two files."""
+    counts = sum((file.label_counts for file in stats), Counter())
+    spellings = defaultdict(list)
+    for label in sorted(counts):
+        folded = unicodedata.normalize("NFKC", label).casefold()
+        visible = (c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
+        spellings["".join(visible)].append(f'"{shorten(label)}" ({counts[label]} texts)')
+    for same in spellings.values():
+        if len(same) > 1:
+            log("note", f"probably one label: {', '.join(same)}")
+    joined = [
+        label
+        for label in sorted(counts)
+        if {*re.split(r"[,;|/，；、]\s*", label)} & (counts.keys() - {label})
+    ]
+    if joined:
+        log(
+            "note",
+            f"probably several labels in one: {', '.join(map(shorten, joined[:3]))}",
+            count=len(joined),
+        )
+    pairs = combinations(zip(("train", "dev", "test"), stats), 2)
+    twice = {f"{a}_{b}": len(one.text_hashes & two.text_hashes) for (a, one), (b, two) in pairs}
+    if any(twice.values()):
+        log("note", "texts that stand in two files:", **twice)
+
+
+def check_labels_known(stats, label2idx):
+    """Print each label of {path: FileStats} that the label index lacks, then raise InputError."""
+    unknown = []
+    for path, file in stats.items():
+        for label in sorted(file.label_counts.keys() - label2idx):
+            unknown.append(f"{file.first_locations[label]}: the label {label!r} is not in the label index")
+            place = file.first_locations[label].removeprefix(f"{path}:")
+            log("unknown", shorten(label), file=path, texts=file.label_counts[label], first_line=place)
+    if unknown:
+        more = f" (nor are {len(unknown) - 1} more, listed above)" * (len(unknown) > 1)
+        raise InputError(f"{unknown[0]}{more}; {unknown_label}")
+
+
+def split_table(table_path, paths):
+    """Write the examples of a table to the files of training, dev and test, the same every time.
+
+    Each label is split in the shares of `split`, and is in all three where it has three texts or more. Equal
+    texts go to one file. Raises InputError for an invalid row, or if a file was not written by this function.
+    """
+    if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
+        raise InputError(f"split = {split!r}: must be three shares above 0 with a sum of 1")
+    examples, groups = [], defaultdict(set)
+    is_table = file_format(table_path) == "table"
+    for location, text, labels in read_table_examples(table_path) if is_table else read_examples(table_path):
+        if not text.strip():
+            raise InputError(f"{location}: the text is empty; fill it in, or remove the row")
+        examples.append((text, labels))
+        groups[text_key(text)].update(labels)
+    if len(groups) < 3:
+        raise InputError(f"{table_path}: {len(groups)} different texts; training, dev and test need one each")
+    sides = dict(zip(groups, stratify(groups), strict=True))
+    rows = [[], [], []]
+    for text, labels in examples:
+        rows[sides[text_key(text)]].append({"text": text, "label": labels})
+    record_path = sibling_path(paths[0], "split.json")
+    written = load_json_object(record_path)["sha256"] if os.path.exists(record_path) else []
+    foreign = [path for path in paths if os.path.exists(path) and file_sha256(path) not in written]
+    if foreign:
+        remedy = "move them to another folder, or name other files in data_preprocess.py"
+        raise InputError(
+            f"{', '.join(foreign)}: would be replaced, but were not split from a table; {remedy}"
+        )
+    for path, part in zip(paths, rows, strict=True):
+        dump_jsonl(part, path)
+        written.append(file_sha256(path))
+        dump_json({"sha256": written}, record_path)
+    log("split", table_path, train=len(rows[0]), dev=len(rows[1]), test=len(rows[2]))
+
+
+def stratify(groups):
+    """Return for each text of {text: set of labels} its file: 0 for training, 1 for dev, 2 for test.
+
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, section 3.1) in one pass: texts are dealt
+    out by their rarest label, each to the file that still needs most of that label.
+    """
+    counts = Counter(label for labels in groups.values() for label in labels)
+    needs = {None: [share * len(groups) for share in split]}  # None: texts, whatever their labels
+    for label, count in counts.items():
+        dev, test = (max(1, share * count) if count > 2 else 0 for share in split[1:])
+        needs[label] = [count - dev - test, dev, test]
+
+    def rarest_first(text):
+        """Return the sort key of a text: a hash stands in for chance, so that the split never changes."""
+        label = min(groups[text], key=lambda label: (counts[label], label), default=None)
+        return counts[label] if label else math.inf, label or "", hashlib.sha256(text.encode()).digest()
+
+    sides = {}
+    for text in sorted(groups, key=rarest_first):
+        label = rarest_first(text)[1] or None
+        sides[text] = max(range(3), key=lambda side: (needs[label][side], needs[None][side]))
+        for label in (None, *groups[text]):
+            needs[label][sides[text]] -= 1
+    return [sides[text] for text in groups]
+
+
+def read_table_examples(table_path):
+    """Yield (location, text, labels) for each row of a table; raises InputError naming the row."""
+    for location, cells in read_table(table_path):
+        labels = table_labels(location, cells)
+        if labels is None:
+            found = ", ".join(cells)
+            raise InputError(
+                f"{table_path}: has no column {label_columns[0]!r} but {found}; set label_columns"
+            )
+        yield location, cells[text_column], labels
+
+
+def read_table(table_path, bar=True):
+    """Yield (location, {column: cell}) for each row below the header; location is "file:line (row n)".
+
+    Cells in quotes may hold line breaks. Raises InputError naming the row for one that does not fit.
+    """
+    lines = (decode_utf8(location, line) for location, line in read_lines(table_path, True, bar))
+    first_line = next(lines, "")
+    tabs = table_path.lower().endswith(".tsv")
+    delimiter = "\t" if tabs else max(",;\t", key=first_line.count)  # Excel writes ; in much of Europe
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
+    header, number = None, 0
+    while True:
+        location = f"{table_path}:{rows.line_num + 1} (row {(number := number + 1)})"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{location}: {error}; double the quotes in a cell, and put it in quotes"
+            ) from None
+        if row is None:
+            return
+        if header is None:
+            header = row
+            if text_column not in header or len(set(header)) < len(header):
+                found = f"its header is {', '.join(header)}"
+                raise InputError(
+                    f"{table_path}: needs one column {text_column!r}, but {found}; set text_column"
+                )
+        elif row and len(row) != len(header):
+            found = f"{len(row)} cells under {len(header)} columns"
+            raise InputError(f"{location}: {found}; a cell with {delimiter!r} in it must stand in quotes")
+        elif row:
+            yield location, dict(zip(header, row, strict=True))
+
+
+def table_labels(location, cells):
+    """Return the labels of a row {column: cell}, or None if the table has no label columns."""
+    columns = [label_columns] if isinstance(label_columns, str) else list(label_columns)
+    if missing := [column for column in columns if column not in cells]:
+        if len(missing) == len(columns):
+            return None
+        raise InputError(f"{location}: no column {missing[0]!r} among {', '.join(cells)}; set label_columns")
+    if len(columns) == 1:
+        labels = (label.strip() for label in cells[columns[0]].split(label_separator))
+        return list(dict.fromkeys(filter(None, labels)))
+    values = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+    for column in columns:
+        if cells[column].strip().lower() not in values:
+            raise InputError(f"{location}: {column} must be 0 or 1, but is {cells[column]!r:.40}")
+    return [column for column in columns if values[cells[column].strip().lower()]]
+
+
 def read_examples(data_path, label2idx=None):
-    """Yield (text, labels) for each example of a data file; labels is a list of str, possibly empty.
+    """Yield (location, text, labels) for each example of a JSONL file; labels is a list of str, maybe empty.
 
     Raises InputError naming file and line if an example is invalid, or has a label that is not in label2idx.
     """
@@ -77,9 +310,10 @@ def read_examples(data_path, label2idx=None):
         text, labels = check_text(location, example), check_labels(location, example)
         for label in labels if label2idx is not None else ():
             if label not in label2idx:
-                remedy = "if training has it, run python data_preprocess.py; if not, remove it from this line"
-                raise InputError(f"{location}: the label {label!r} is not in the label index; {remedy}")
-        yield text, labels
+                raise InputError(
+                    f"{location}: the label {label!r} is not in the label index; {unknown_label}"
+                )
+        yield location, text, labels
 
 
 def check_text(location, example):
@@ -100,6 +334,8 @@ def check_labels(location, example):
     for label in labels:
         if not isinstance(label, str) or not label.strip():
             raise InputError(f"{location}: labels must be non-blank strings, but one is {label!r:.40}")
+        if label != label.strip():
+            raise InputError(f"{location}: the label {label!r:.60} has white space around it; remove it")
         check_surrogates(location, label)
     return labels
 
@@ -125,20 +361,54 @@ def read_jsonl(data_path):
     Raises InputError at the first line that is not a JSON object in UTF-8, and for a file without any.
     """
     location = None
+    if file_format(data_path) == "table":
+        remedy = "set table_path in data_preprocess.py to it, and run that first"
+        raise InputError(f"{data_path}: a table, where JSONL is needed; {remedy}")
     for location, line in read_lines(data_path):
         yield location, parse_json_line(location, line)
     if location is None:
         raise InputError(f'{data_path}: no examples; a line is {{"text": "...", "label": ["..."]}}')
 
 
-def read_lines(data_path, keep_blank=False):
-    """Yield (location, line) for each line of a file; line is bytes without a byte order mark."""
-    with open_file(data_path) as file:
+def read_lines(data_path, keep_blank=False, bar=True):
+    """Yield (location, line) for each line of a file; line is bytes without a byte order mark.
+
+    bar: show a progress bar in a terminal if it takes long, what is done with the lines included.
+    """
+    hidden = None if bar and is_main_process() else True
+    options = {"unit": "B", "unit_scale": True, "leave": False, "delay": bar_delay, "disable": hidden}
+    with open_file(data_path) as file, tqdm(total=os.fstat(file.fileno()).st_size, **options) as progress:
+        progress.set_description(f"reading {data_path}", refresh=False)
         for number, line in enumerate(file, 1):
+            progress.update(len(line))
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if keep_blank or line.strip():
                 yield f"{data_path}:{number}", line
+
+
+def file_format(data_path):
+    """Return "jsonl", "table" or "text", by the start of the file, then by its name.
+
+    Raises InputError for formats that no script reads, whatever the file is called.
+    """
+    with open_file(data_path) as file:
+        head = file.read(2**16).removeprefix(b"\xef\xbb\xbf")
+    for start, remedy in unreadable_formats.items():
+        if head.startswith(start):
+            raise InputError(f"{data_path}: {remedy}")
+    first_line = head.strip().partition(b"\n")[0].strip()
+    if re.match(rb"\[\s*([{\"\[]|$)", first_line):
+        raise InputError(f"{data_path}: a JSON array; write one object a line instead, without [ ] around")
+    cells = [cell.strip('" ') for cell in re.split("[,;\t]", first_line.decode("utf-8", "replace"))]
+    name = data_path.lower()
+    if (
+        not first_line.startswith(b"{")
+        and name.endswith((".csv", ".tsv"))
+        or text_column in cells[1:] + cells[:-1]
+    ):
+        return "table"
+    return "jsonl" if first_line.startswith(b"{") or name.endswith((".json", ".jsonl")) else "text"
 
 
 def parse_json_line(location, line):
@@ -165,7 +435,7 @@ def decode_utf8(location, line):
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError:
-        remedy = "probably GBK; to convert: iconv -f GBK -t UTF-8 OLD > NEW"
+        remedy = "probably GBK; to convert: iconv -f GBK -t UTF-8 OLD > NEW; or in Excel save as CSV UTF-8"
         raise InputError(f"{location}: not UTF-8, {remedy}") from None
 
 
@@ -175,7 +445,8 @@ def load_label2idx(label2idx_path):
     Raises InputError if the file is missing, or does not map its labels one to one onto 0 … C−1.
     """
     if not os.path.exists(label2idx_path):
-        raise InputError(f"{label2idx_path}: there is no label index yet; run: python data_preprocess.py")
+        remedy = f"run: python data_preprocess.py; paths start from {os.getcwd()}"
+        raise InputError(f"{label2idx_path}: there is no label index yet; {remedy}")
     label2idx = load_json_object(label2idx_path)
     columns = [idx if type(idx) is int else -1 for idx in label2idx.values()]
     if not columns or sorted(columns) != list(range(len(columns))):
@@ -238,48 +509,23 @@ def atomic_write(out_path):
             os.remove(temporary)
 
 
-@contextmanager
-def atomic_folder(folder):
-    """Give an empty folder to write to; at the end of the block its files move to `folder`.
-
-    Raises InputError, with the old files untouched, if they cannot be written.
-    """
-    unfinished, finished = (os.path.join(folder, name) for name in ("unfinished.tmp", "finished.tmp"))
-    try:
-        complete_save(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.makedirs(unfinished)
-        yield unfinished
-        for path in (os.path.join(unfinished, name) for name in os.listdir(unfinished)):
-            shutil.copymode(os.path.join(unfinished, "config.json"), path)  # safetensors are written as 0600
-            fsync_file(path)
-        os.rename(unfinished, finished)
-        complete_save(folder)
-    except Exception as error:  # a full disk: an OSError, torch.save's RuntimeError, or one of safetensors
-        raise InputError(write_error(folder, error)) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def complete_save(folder):
-    """Move the files that atomic_folder finished into place, also those that a killed run left.
-
-    config.json is removed first and comes last: in between, the folder does not load.
-    """
-    finished = os.path.join(folder, "finished.tmp")
-    if os.path.exists(os.path.join(finished, "config.json")):
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, "config.json"))
-    if os.path.isdir(finished):
-        for name in sorted(os.listdir(finished), key="config.json".__eq__):
-            os.replace(os.path.join(finished, name), os.path.join(folder, name))
-        os.rmdir(finished)
-
-
 def fsync_file(path):
     """Flush a written file to the disk, so that a power cut cannot lose it."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def check_writable(path):
+    """Raise InputError unless a file can be written at `path`; leaves nothing behind."""
+    folder = os.path.dirname(path) or "."
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or "."
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(write_error(path, error)) from None
 
 
 def write_error(path, error):
@@ -328,16 +574,23 @@ def short_message(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def run_script(main):
+def run_script(main, takes_texts=False):
     """Call main(). An InputError is printed as one line on stderr, with exit code 1 and no traceback.
 
-    Ctrl-C exits with code 130 and SIGTERM with 143, without output.
+    Ctrl-C exits with code 130 and SIGTERM with 143, without output. takes_texts: whether the command line may
+    have arguments besides --help.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a console or pipe cannot show Chinese
     for number in termination_signals():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        options = [argument for argument in sys.argv[1:] if argument.startswith("-") or not takes_texts]
+        if {"-h", "--help"} & set(options):
+            return print_help()
+        if options:
+            remedy = "settings are the constants at the top of the script; see --help"
+            raise InputError(f"{options[0]!r}: not an argument of {os.path.basename(sys.argv[0])}; {remedy}")
         main()
     except Exception as error:
         if not is_main_process():
@@ -346,9 +599,20 @@ def run_script(main):
             sys.exit("error: out of GPU memory; lower batch_size or max_len, or see nvidia-smi")
         if not isinstance(error, InputError):
             raise
-        sys.exit(f"error: {error}")
+        message = f"error: {error}"
+        sys.exit("\n".join(wrap(message, get_columns())) if sys.stderr.isatty() else message)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def print_help():
+    """Print the docstring of the script and its constants, as they stand in the file."""
+    script = sys.modules["__main__"]
+    with open(script.__file__, encoding="utf-8") as file:
+        constants = re.findall(r"^\w+ = .*", file.read().partition("\ndef ")[0], re.MULTILINE)
+    print(script.__doc__, "Settings, to be edited at the top of the file:", sep="\n", end="\n\n")
+    for constant in constants:
+        print(*wrap(constant, get_columns()), sep="\n    ")
 
 
 def termination_signals():
@@ -393,26 +657,61 @@ def log(event, message="", **fields):
     """
     if is_main_process():
         text = " ".join([*filter(None, [message]), *(f"{key}={value}" for key, value in fields.items())])
-        for line in textwrap.wrap(text, log_columns - 9, break_long_words=False, break_on_hyphens=False):
+        for line in wrap(text, get_columns() - 9):
             print(f"{event:<8} {line}", flush=True)
+
+
+def get_columns():
+    """Return how many columns a line may have: log_columns, or those of a narrower terminal."""
+    return max(40, min(log_columns, shutil.get_terminal_size((log_columns, 24)).columns))
+
+
+def escape(text):
+    """Return a text with control characters, such as line breaks, shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def wrap(text, columns):
+    """Return the lines of a text, broken between words."""
+    text = escape(text)
+    wide = "".join(f"{c}\0" if unicodedata.east_asian_width(c) in "WF" else c for c in text)  # two columns
+    lines = textwrap.wrap(wide, columns, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", "") for line in lines]
+
+
+def shorten(text, length=40):
+    """Return a text for a log line, cut to `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def log_metrics(event, metrics, threshold):
     """Print the main metrics in one line."""
-    shown = {name: f"{metrics[name]:.4f}" for name in ("accuracy", "micro_f1", "macro_f1", "hamming_loss")}
+    shown = {name: f"{metrics[name]:.3f}" for name in ("accuracy", "micro_f1", "macro_f1")}
     log(event, threshold=threshold, **shown)
 
 
-def log_label_metrics(by_label):
-    """Print one line per label, the weakest first."""
-    for name, row in sorted(by_label.items(), key=lambda item: item[1]["f1"]):
+def log_label_metrics(by_label, where):
+    """Print a line per label, the weakest first; of many labels the ten weakest, and `where` others are."""
+    rows = sorted(by_label.items(), key=lambda item: item[1]["f1"])
+    num_shown = 10 if len(rows) >= 50 else len(rows)
+    for name, row in rows[:num_shown]:
         scores = {key: f"{row[key]:.3f}" for key in ("precision", "recall", "f1")}
-        log("label", name, **scores, support=row["support"])
+        log("label", shorten(name), **scores, support=row["support"])
+    if rows[num_shown:]:
+        log(
+            "label",
+            f"… {len(rows) - num_shown} others with f1 of {rows[num_shown][1]['f1']:.3f} or more; {where}",
+        )
 
 
 def main():
     """Preprocess with the constants above."""
-    preprocess(train_data_path, label2idx_path, max_len_ratio)
+    paths = (train_data_path, dev_data_path, test_data_path)
+    if table_path:
+        split_table(table_path, paths)
+    preprocess(train_data_path, label2idx_path, max_len_ratio, [*filter(os.path.exists, paths[1:])])
+    for path in [path for path in paths[1:] if not os.path.exists(path)]:
+        log("note", f"{path}: missing, but train.py needs it; paths start from {os.getcwd()}")
 
 
 if __name__ == "__main__":

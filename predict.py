@@ -1,15 +1,20 @@
 """Label texts with the model that train.py saved; needs no network.
 
-reads   ./model/            written by `python train.py`
+reads   ./model/           written by `python train.py`
         input_path         if set, a file of texts of any size
-writes  output_path        a line for each text: {"text": "...", "label": ["A"], "probability": {"A": 0.9876}}
-run     python predict.py    or in Python:  from predict import predict;  predict(["...", "..."])
+writes  output_path        a line for each text: {"text": "...", "label": ["A"], "probability": {"A": 0.98}},
+                           or a .csv or .tsv file of the same
+run     python predict.py "a text" "another"    or set `texts`, or input_path and output_path, below
         torchrun --nproc_per_node=4 predict.py    a file on 4 GPUs, with the same output
+        in Python:  from predict import predict;  predict(["...", "..."])
 """
 
+import csv
 import functools
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
@@ -19,15 +24,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data_preprocess
 from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, load_model, predict_probs
 from data_helper import MultiClsDataSet, all_gather_object, all_reduce, confusion_counts, eval_dataloader
 from data_helper import init_distributed, metrics_from_counts, per_label_metrics, restore_order
 from data_preprocess import InputError, atomic_write, check_labels, check_number, check_surrogates, check_text
-from data_preprocess import decode_utf8, is_main_process, label_names, log, parse_json_line, read_lines
-from data_preprocess import log_label_metrics, log_metrics, run_script, sibling_path
+from data_preprocess import (
+    check_writable,
+    decode_utf8,
+    escape,
+    file_format,
+    is_main_process,
+    label_names,
+    log,
+)
+from data_preprocess import (
+    log_label_metrics,
+    log_metrics,
+    parse_json_line,
+    read_lines,
+    read_table,
+    run_script,
+)
+from data_preprocess import sibling_path, table_labels
 
-input_path = ""  # JSONL with a "text" in each line, or plain text, one per line; "" labels the texts below
-output_path = ""  # JSONL in the order of the input; other fields are copied through
+# JSONL with a "text" in each line; .csv or .tsv, whose text_column is set in data_preprocess.py; or plain
+# text, one per line. Other fields are copied through. "" labels the texts below.
+input_path = ""
+output_path = ""  # in the order of the input: JSONL, or .csv or .tsv if it is called so
 save_model_path = "./model/multi_label_cls.pth"  # or its folder
 label2idx_path = "./data/label2idx.json"  # read only for a .pth of the article
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,9 +61,12 @@ batch_size = 32  # texts; more need more memory
 chunk_size = 4096  # texts tokenized, sorted by length and held in memory at a time
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
-threshold = 0.5  # labels with a probability above it; "tuned": above each label's own, tuned on dev
+threshold = (
+    0.5  # labels with a probability above it; {"billing": 0.3}: the others at 0.5; "tuned": those of dev
+)
 min_labels = 0  # at least so many labels per text, the most probable ones
 max_labels = None  # at most so many; None for no limit
+all_probabilities = False  # True: a file gets the probabilities of all labels, not only of the chosen ones
 
 texts = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今日沪深两市指数整体呈现震荡调整格局"]
 
@@ -58,18 +85,24 @@ def predict_with_scores(texts):
     if not examples:
         return []
     model, tokenizer, label2idx = get_model()
-    thresholds, names, results = get_thresholds(model.bert.config), label_names(label2idx), []
+    names, results = label_names(label2idx), []
+    thresholds = get_thresholds(model.bert.config, names)
     for _, probs in iter_probs(examples, model, tokenizer, label2idx):
         results += name_labels(probs, choose_labels(probs, thresholds), names)
     return results
 
 
 def predict_proba(texts):
-    """Return the probabilities of all labels, (N, C) float32, in label order. Raises as predict does."""
+    """Return the probabilities of all labels, (N, C) float32, columns as get_labels; raises as predict."""
     examples = [(text, ()) for text in check_texts(texts)]
     model, tokenizer, label2idx = get_model()
     probs = [probs for _, probs in iter_probs(examples, model, tokenizer, label2idx)]
     return np.concatenate([np.empty((0, len(label2idx)), dtype=np.float32), *probs])
+
+
+def get_labels():
+    """Return the labels of the model in the order of predict_proba's columns, a list of C str."""
+    return label_names(get_model()[2])
 
 
 def predict_file():
@@ -83,13 +116,14 @@ def predict_file():
     check_paths()
     model, tokenizer, label2idx = get_model()
     check_numbers(model.bert.config)
-    thresholds, names = get_thresholds(model.bert.config), label_names(label2idx)
+    names = label_names(label2idx)
+    thresholds = get_thresholds(model.bert.config, names)
     start_time = time.perf_counter()
     dtype = str(model.bert.dtype).removeprefix("torch.")
     log("input", path=input_path, device=device, dtype=dtype, processes=world_size)
-    parse_line = parse_json_line if is_jsonl() else parse_text_line
-    num_texts = validate_input(parse_line, label2idx)
+    num_texts, columns = validate_input(names)
     log("checked", texts=num_texts)
+    header, format_row = get_format(columns, names)
     counts = torch.zeros(5, len(names), dtype=torch.int64)
     bar = tqdm(total=num_texts, unit="text", leave=False, disable=None if is_main_process() else True)
 
@@ -99,14 +133,15 @@ def predict_file():
         return batch
 
     with bar, open_output() as file:
-        for lines in read_shards(parse_line, rank, world_size, num_texts):
-            items, rows = [parse_line(location, line) for location, line in lines], b""
-            examples = [(item["text"], item.get("label", ())) for item in items]
+        file.write(header)
+        for items in read_shards(rank, world_size, num_texts):
+            examples = [(text, labels or ()) for _, text, labels, _ in items]
+            rows = b""
             for labels, probs in iter_probs(examples, model, tokenizer, label2idx, on_batch):
                 chosen = choose_labels(probs, thresholds)
-                labelled = ["label" in item for item in items]
+                labelled = [item[2] is not None for item in items]
                 counts += confusion_counts(labels[labelled] > 0.5, torch.from_numpy(chosen[labelled]))
-                rows = b"".join(map(format_row, items, name_labels(probs, chosen, names)))
+                rows = b"".join(map(format_row, items, chosen, probs))
             file.writelines(all_gather_object(rows))
     log_scores(all_reduce(counts), names)
     seconds = time.perf_counter() - start_time
@@ -147,15 +182,22 @@ def choose_labels(probs, thresholds):
     return (above | (rank < min_labels)) & (rank < (probs.shape[1] if max_labels is None else max_labels))
 
 
-def get_thresholds(config):
-    """Return the constant `threshold`, or one for each label, (C,), if it is "tuned"."""
+def get_thresholds(config, names):
+    """Return the threshold of each label, (C,) float32: those of the constant `threshold`, or tuned ones."""
+    chosen = threshold
     if threshold == "tuned":
-        if not config.thresholds:
+        chosen = config.thresholds.get("by_label")
+        if not chosen:
             raise InputError(f'threshold = "tuned": {save_model_path} has no tuned thresholds; set a number')
-        return np.array(config.thresholds["by_label"], dtype=np.float32)
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise InputError(f'threshold = {threshold!r}: must be a number from 0 to 1, or "tuned"')
-    return threshold
+    if not isinstance(chosen, dict):
+        chosen = dict.fromkeys(names, chosen)
+    if unknown := [name for name in chosen if name not in names]:
+        raise InputError(f"threshold = {threshold!r:.60}: the model has no label {unknown[0]!r}")
+    for value in chosen.values():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            kinds = 'a number from 0 to 1, "tuned", or {"label": number, ...}'
+            raise InputError(f"threshold = {threshold!r:.60}: must be {kinds}")
+    return np.array([chosen.get(name, 0.5) for name in names], dtype=np.float32)
 
 
 def get_model():
@@ -205,47 +247,53 @@ def check_paths():
         raise InputError(f"input_path = {input_path!r}: not a file; it is read twice, so a pipe will not do")
     if os.path.isdir(output_path) or not os.path.basename(output_path):
         raise InputError(f"output_path = {output_path!r}: is a folder; name a file in it")
+    check_writable(output_path)
     for path in (output_path, f"{output_path}.tmp"):  # the second is written first
         if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):
             raise InputError(f"output_path = {output_path!r}: would replace the input; set another one")
 
 
-def is_jsonl():
-    """Return whether input_path is JSONL: by its name, or because its first line starts with a brace."""
-    if input_path.lower().endswith((".json", ".jsonl")):
-        return True
-    return any(line.lstrip().startswith(b"{") for _, line in islice(read_lines(input_path), 1))
+def read_input(bar=True):
+    """Yield (location, text, labels or None, fields) for each text of the input; fields: {name: value}."""
+    kind = file_format(input_path)
+    if kind == "table":
+        for location, cells in read_table(input_path, bar):
+            yield location, cells[data_preprocess.text_column], table_labels(location, cells), cells
+    else:
+        for location, line in read_lines(input_path, kind == "text", bar):
+            if kind == "text":
+                item = {"text": decode_utf8(location, line).rstrip("\r\n")}
+            else:
+                item = parse_json_line(location, line)
+            text = check_text(location, item)
+            yield location, text, check_labels(location, item) if "label" in item else None, item
 
 
-def parse_text_line(location, line):
-    """Return the object for a line of plain text; an empty line is an empty text."""
-    return {"text": decode_utf8(location, line).rstrip("\r\n")}
-
-
-def validate_input(parse_line, label2idx):
-    """Return the number of texts in the input. Raises InputError at the first invalid line."""
-    num_texts = 0
-    for num_texts, (location, line) in enumerate(read_lines(input_path, parse_line is parse_text_line), 1):  # noqa: B007
-        item = parse_line(location, line)
-        check_text(location, item)
-        for label in check_labels(location, item) if "label" in item else ():
-            if label not in label2idx:
+def validate_input(names):
+    """Return (number of texts, names of the fields of all). Raises InputError at the first invalid line."""
+    num_texts, columns = 0, {}
+    for location, _, labels, fields in read_input():
+        for label in labels or ():
+            if label not in names:
                 raise InputError(f"{location}: the model has no label {label!r}; remove it from this line")
-        for key in {"true", "probability"} & set(item):
+        for key in fields.keys() & {"true", "probability", *["label"] * (labels is None)}:
             raise InputError(f'{location}: the key "{key}" is needed for the output; rename it')
+        num_texts += 1
+        columns.update(dict.fromkeys(fields))
+        columns.update(dict.fromkeys(["true"] if labels is not None else []))
     if not num_texts:
         raise InputError(f"{input_path}: no texts")
-    return num_texts
+    return num_texts, list(columns)
 
 
-def read_shards(parse_line, rank, world_size, num_texts):
-    """Yield lists of up to chunk_size (location, line), this process's turns; the last may be empty.
+def read_shards(rank, world_size, num_texts):
+    """Yield lists of up to chunk_size items of read_input, this process's turns; the last may be empty.
 
-    Raises InputError if the input has fewer lines than the num_texts that were validated.
+    Raises InputError if the input has fewer texts than the num_texts that were validated.
     """
-    lines = read_lines(input_path, keep_blank=parse_line is parse_text_line)
+    items = read_input(bar=False)
     for remaining in range(num_texts, 0, -chunk_size * world_size):
-        turn = list(islice(lines, min(remaining, chunk_size * world_size)))
+        turn = list(islice(items, min(remaining, chunk_size * world_size)))
         if len(turn) < min(remaining, chunk_size * world_size):
             raise InputError(f"{input_path}: has been changed while it was read; run again")
         yield turn[rank * chunk_size : (rank + 1) * chunk_size]
@@ -259,28 +307,66 @@ def open_output():
             yield file
 
 
-def format_row(item, pairs):
-    """Return the output line for an object with (label, probability) pairs; its own labels become "true"."""
-    true = {"true": item["label"]} if "label" in item else {}
-    probs = {label: round(prob, 4) for label, prob in pairs}
-    row = {**item, **true, "label": list(probs), "probability": probs}
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+def get_format(columns, names):
+    """Return (header, a function of (item, chosen, probs) that returns a row), in bytes, for output_path.
+
+    The labels of the input become "true".
+    """
+
+    def get_row(item, chosen, probs):
+        """Return the output for an item of read_input, a dict."""
+        [pairs] = name_labels(probs[None], np.ones_like(chosen)[None], names)
+        probabilities = {label: round(prob, 4) for label, prob in pairs}
+        _, _, true, fields = item
+        row = {**fields} | ({} if true is None else {"true": true})
+        row["label"] = [names[c] for c in np.flatnonzero(chosen)]
+        shown = names if all_probabilities else row["label"]
+        return row | {"probability": {label: probabilities[label] for label in shown}}
+
+    def jsonl_row(*arguments):
+        """Return a line of JSON."""
+        row = json.dumps(get_row(*arguments), ensure_ascii=False)
+        return row.encode("utf-8", "backslashreplace") + b"\n"
+
+    def table_row(*arguments):
+        """Return a line of a table; a probability stands in a column of its label if all are wanted."""
+        row, separator = get_row(*arguments), data_preprocess.label_separator
+        probabilities = row.pop("probability")
+        row |= {f"probability {label}": prob for label, prob in probabilities.items()}
+        row["probability"] = separator.join(map(str, probabilities.values()))
+        row |= {name: separator.join(row[name]) for name in ("true", "label") if name in row}
+        return write_row(row.get(name, "") for name in header)
+
+    def write_row(cells):
+        """Return cells as a line of CSV or TSV."""
+        line = io.StringIO()
+        csv.writer(line, delimiter="\t" if output_path.lower().endswith(".tsv") else ",").writerow(cells)
+        return line.getvalue().encode("utf-8", "backslashreplace")
+
+    if not output_path.lower().endswith((".csv", ".tsv")):
+        return b"", jsonl_row
+    shown = [f"probability {name}" for name in names] if all_probabilities else ["probability"]
+    header = [*(name for name in columns if name != "label"), "label", *shown]
+    return b"\xef\xbb\xbf" + write_row(header), table_row
 
 
 def log_scores(counts, names):
     """Print the metrics of the labels given, if any text of the input had labels."""
     if counts[3, 0]:
-        log_label_metrics(per_label_metrics(counts, names))
-        log_metrics("scores", metrics_from_counts(counts), threshold)
+        log_label_metrics(per_label_metrics(counts, names), f"labels and `true` are in {output_path}")
+        kind = "by_label" if isinstance(threshold, dict) else threshold
+        log_metrics("scores", metrics_from_counts(counts), kind)
 
 
 def main():
-    """Label the file input_path; without one print each of `texts` with its labels and probabilities."""
-    if input_path or output_path:
+    """Label the texts of the command line; else the file input_path; else print `texts` with their labels."""
+    if (input_path or output_path) and not sys.argv[1:]:
         return predict_file()
-    for text, pairs in zip(texts, predict_with_scores(texts) if is_main_process() else ()):
-        print(text, " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label", sep="\t")
+    shown = sys.argv[1:] or texts
+    for text, pairs in zip(shown, predict_with_scores(shown) if is_main_process() else ()):
+        labels = " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label"
+        print(escape(text), escape(labels), sep="\t")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, takes_texts=True)

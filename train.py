@@ -5,7 +5,8 @@ reads   ./data/train.json, dev.json, test.json   one example a line: {"text": ".
 writes  ./model/                                 the best model, in Hugging Face format too
         ./model/metrics.json                     its scores on dev and test, and the settings of the run
         ./model/history.jsonl                    one line per epoch
-        ./model/errors.jsonl                     misclassified test texts, one per line
+        ./model/errors.jsonl                     misclassified texts of dev and test, one per line
+        ./model/previous/                        the finished model before this one
         ./model/checkpoint.pth                   during training: what an interrupted run needs to resume
         ./model/runs/                            TensorBoard curves, if tensorboard is installed
 run     python train.py
@@ -14,6 +15,7 @@ run     python train.py
 
 import math
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -28,16 +30,23 @@ from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedu
 
 import bert_multilabel_cls
 import data_helper
-from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, find_encoder
-from bert_multilabel_cls import get_pth_path, init_bias, load_model, load_pretrained, oom_hint
+from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
+from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, load_model, load_pretrained, oom_hint
 from bert_multilabel_cls import parameter_groups, predict_probs, save_model, torch_load, wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
 from data_helper import compute_metrics, eval_dataloader, init_distributed, metrics_report, misclassified
 from data_helper import restore_order, tune_thresholds
-from data_preprocess import InputError, atomic_write, check_number, complete_save, dump_json, dump_jsonl, log
-from data_preprocess import file_sha256, get_world_size, handle_signals, is_main_process, label_names
-from data_preprocess import load_json_object, load_label2idx, log_label_metrics, log_metrics, read_examples
-from data_preprocess import run_script, short_message, sibling_path
+from data_preprocess import InputError, atomic_write, check_labels_known, check_number, check_writable
+from data_preprocess import (
+    dump_json,
+    dump_jsonl,
+    file_sha256,
+    get_world_size,
+    handle_signals,
+    is_main_process,
+)
+from data_preprocess import label_names, load_json_object, load_label2idx, log, log_label_metrics, log_metrics
+from data_preprocess import read_examples, run_script, scan_examples, short_message, shorten, sibling_path
 
 # Files. The encoder is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -47,7 +56,7 @@ label2idx_path = "./data/label2idx.json"
 save_model_path = "./model/multi_label_cls.pth"  # or its folder, to which everything else is written too
 checkpoint_name = "checkpoint.pth"  # removed when training finishes
 scratch_name = "scratch_encoder"  # the small BERT, if bert-base-chinese is missing
-tensorboard_name = "runs"  # one folder per run; "" to skip
+tensorboard_name = "runs"  # with a folder per run; "" to skip
 
 # Hardware.
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,6 +101,7 @@ def train():
     dtype = choose_dtype(precision, device)
     label2idx = load_label2idx(label2idx_path)
     check_data(label2idx)
+    check_writable(output_path(checkpoint_name))
     checkpoint = Checkpoint(run_config(dtype, world_size), world_size)
     encoder = checkpoint.encoder or broadcast_object(get_encoder)
     folder, encoder_lr, head_lr, num_epochs = encoder
@@ -117,6 +127,7 @@ def train():
     scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps * num_epochs)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
     log_setup(model, encoder, dtype, num_steps)
+    note_unknown_tokens(train_dataset)
     checkpoint.restore(encoder, train_dataset, model, optimizer, scheduler, scaler)
     history, log_scalars = checkpoint.history, open_writer(checkpoint, num_batches)
     bar_options = {"unit": "batch", "leave": False, "disable": None if is_main_process() else True}
@@ -146,7 +157,15 @@ def train():
                     bar.set_postfix(loss=f"{loss:.4f}")
                     acc = get_acc_score(labels, probs)
                     with bar.external_write_mode():
-                        log("train", epoch=epoch + 1, batch=i, acc=f"{acc:.3f}", loss=f"{loss:.4f}")
+                        seconds = f"{time.perf_counter() - start_time:.0f}s"
+                        log(
+                            "train",
+                            epoch=epoch + 1,
+                            batch=i,
+                            acc=f"{acc:.3f}",
+                            loss=f"{loss:.4f}",
+                            time=seconds,
+                        )
                     log_scalars({"train/loss": loss, "train/lr": scheduler.get_last_lr()[0]}, step)
                 if sync_gradients:
                     scaler.unscale_(optimizer)
@@ -168,14 +187,17 @@ def train():
             row = {"epoch": epoch + 1, **row, "saved": is_best(row, history)}
             history.append(row)
             log_epoch(row, num_epochs)
-            if is_main_process():
+            note_no_predictions(row, dev_probs)
+            if row["saved"] and is_main_process():
+                names = label_names(label2idx)
+                thresholds = tune_thresholds(dev_dataset.labels, dev_probs, names, min_label_support)
+                truncation = (max_len, keep_tail)
+                save_model(model, tokenizer, label2idx, save_model_path, thresholds, truncation, history)
+            elif is_main_process():
                 dump_jsonl(history, output_path("history.jsonl"))
-                if row["saved"]:
-                    thresholds = tune_thresholds(dev_dataset.labels, dev_probs, min_label_support)
-                    save_model(model, tokenizer, label2idx, save_model_path, thresholds, (max_len, keep_tail))
             checkpoint.save(epoch + 1)
 
-    report(history, checkpoint.encoder, dtype)
+    report(checkpoint, num_epochs, dtype)
 
 
 def get_acc_score(y_true_tensor, y_pred_tensor):
@@ -206,31 +228,64 @@ def test(model_path, test_data_path, return_report=False):
         return acc
     names = label_names(label2idx)
     metrics = metrics_report(dataset.labels, probs, names, model.bert.config.thresholds)
-    texts = [text for text, _ in read_examples(test_data_path)]
-    return {"loss": loss, **metrics}, misclassified(texts, dataset.labels, probs, names)
+    examples = list(read_examples(test_data_path))
+    return {"loss": loss, **metrics}, misclassified(examples, dataset.labels, probs, names)
 
 
-def report(history, encoder, dtype):
+def report(checkpoint, num_epochs, dtype):
     """Measure the best model on dev and test, write metrics.json and errors.jsonl, and end the run."""
+    history = checkpoint.history
     best_epoch = max(row["epoch"] for row in history if row["saved"])
     seconds = round(sum(row["seconds"] for row in history), 1)
     log("best", epoch=best_epoch, train_time=f"{seconds}s")
-    metrics = {}
+    metrics, errors = {}, []
     for name, path in (("dev", dev_path), ("test", test_path)):
-        metrics[name], errors = test(save_model_path, path, return_report=True)
+        metrics[name], file_errors = test(save_model_path, path, return_report=True)
+        errors += file_errors
         if name == "test":
-            log_label_metrics(metrics[name]["by_label"])
+            log_label_metrics(metrics[name]["by_label"], f"all in {output_path('metrics.json')}")
         for threshold in ("0.5", "single", "by_label"):
             log_metrics(name, metrics[name][f"at_{threshold}"], threshold)
+    note_what_helps(history, num_epochs, metrics["dev"]["by_label"])
     if is_main_process():
-        dump_jsonl(errors, output_path("errors.jsonl"))
         names = ("encoder", "lr", "head_lr", "epochs", "dtype", "processes")
-        used = dict(zip(names, (*encoder, str(dtype)[6:], get_world_size()), strict=True))
+        used = dict(zip(names, (*checkpoint.encoder, str(dtype)[6:], get_world_size()), strict=True))
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        run = {"used": used, "best_epoch": best_epoch, "train_seconds": seconds, "versions": versions}
+        changed = {name: value for name, value in constants().items() if value != shipped.get(name, value)}
+        run = {"run_name": checkpoint.run_name, "changed": changed, "used": used, "best_epoch": best_epoch}
+        run |= {"train_seconds": seconds, "versions": versions}
         run["thresholds"] = load_json_object(output_path("config.json"))["thresholds"]
         dump_json({**run, "constants": constants(), **metrics}, output_path("metrics.json"), indent=1)
-        os.remove(output_path(checkpoint_name))
+        dump_jsonl(errors, output_path("errors.jsonl"))
+        shutil.rmtree(output_path(scratch_name), ignore_errors=True)
+        os.remove(checkpoint.path)
+
+
+def note_unknown_tokens(dataset):
+    """Say so if the encoder does not know more than 3 % of the tokens: it is of another language."""
+    unknown = (dataset.ids == dataset.tokenizer.unk_token_id).float().mean().item()
+    if unknown > 0.03:
+        log(
+            "note", f"{unknown:.1%} of the tokens are unknown to this encoder; is it one of another language?"
+        )
+
+
+def note_no_predictions(row, probs):
+    """Say so if no probability (N, C) of dev is above 0.5 after an epoch."""
+    if not (probs > 0.5).any():
+        remedy = "if it stays so, raise lr or epochs, or lower threshold in predict.py"
+        log("note", f"no label is predicted on dev after epoch {row['epoch']}; {remedy}")
+
+
+def note_what_helps(history, num_epochs, by_label):
+    """Say so if the last epoch is the best and the loss still falls, and which labels dev never gets."""
+    losses = [row["dev_loss"] for row in history]
+    if history[-1]["saved"] and len(history) == num_epochs > 1 and losses[-1] < 0.98 * losses[-2]:
+        log("note", "the last epoch is the best one and the loss on dev still falls; raise epochs")
+    never = sorted(name for name, row in by_label.items() if row["support"] and not row["predicted"])
+    if never:
+        some = ", ".join(map(shorten, never[:3])) + ", …" * (len(never) > 3)
+        log("note", f'{len(never)} labels are never predicted on dev: {some}; try threshold = "tuned"')
 
 
 class Checkpoint:
@@ -241,13 +296,14 @@ class Checkpoint:
     def __init__(self, config, world_size):
         self.path, self.saved_at, self.signals = output_path(checkpoint_name), time.monotonic(), []
         self.config, self.encoder, self.token_crc, self.states, self.parts = config, None, None, None, ()
-        self.run_name, self.history = time.strftime("%Y-%m-%d_%H-%M-%S"), []
+        folder_name = os.path.basename(os.path.abspath(output_path("")))
+        self.run_name, self.history = f"{folder_name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", []
         self.epoch, self.batch, self.seconds, self.train_losses = 0, 0, 0.0, [0.0] * world_size
-        broadcast_object(lambda: complete_save(output_path("")))
+        broadcast_object(lambda: complete_save(*os.path.split(get_pth_path(save_model_path))))
         exists = resume and os.path.exists(self.path)
         if any(other != [config, exists] for other in all_gather_object([config, exists])):
             raise InputError(f"the data, the constants or {self.path} differ between the machines")
-        start_over = "delete this file, or set resume = False in train.py, to start over"
+        start_over = f"to start over, delete {self.path} or set resume = False in train.py"
         try:
             saved = torch_load(self.path) if exists else {"config": config}
             changed = [k for k in {**saved["config"], **config} if saved["config"].get(k) != config.get(k)]
@@ -257,7 +313,7 @@ class Checkpoint:
         if changed:
             old = {k: f" (was {saved['config'].get(k)}, is {config.get(k)})" for k in globals()}
             changes = ", ".join(name + old.get(name, "") for name in changed)
-            raise InputError(f"{self.path}: cannot resume, changed: {changes}; undo it, or {start_over}")
+            raise InputError(f"{self.path}: cannot resume, changed: {changes}; undo it; or, {start_over}")
 
     def restore(self, encoder, train_dataset, *parts):
         """Bring model, optimizer, scheduler and scaler to where the run was saved."""
@@ -292,13 +348,7 @@ class Checkpoint:
                     raise OSError(short_message(error)) from None
         if number := int(all_reduce(torch.tensor(max(self.signals, default=0)), "MAX")):
             remedy = "" if resume else "set resume = True and "
-            log(
-                "stopped",
-                f"{remedy}run the same command again to resume;",
-                epoch=epoch + 1,
-                batch=batch,
-                checkpoint=self.path,
-            )
+            log("stopped", f"{remedy}run the same command again to resume;", epoch=epoch + 1, batch=batch)
             sys.exit(128 + number)
 
 
@@ -316,6 +366,21 @@ def constants():
     values = {k: v for k, v in globals().items() if isinstance(v, (int, float, str)) and k[0] != "_"}
     values |= {"device": str(device), "pretrained_model": bert_multilabel_cls.pretrained_model}
     return values | {"mega_batch_mult": data_helper.mega_batch_mult}
+
+
+# What differs from this is `changed` in metrics.json; a test keeps it equal to the constants as shipped.
+# fmt: off
+shipped = dict(
+    train_path="./data/train.json", dev_path="./data/dev.json", test_path="./data/test.json",
+    label2idx_path="./data/label2idx.json", save_model_path="./model/multi_label_cls.pth",
+    checkpoint_name="checkpoint.pth", scratch_name="scratch_encoder", tensorboard_name="runs",
+    precision="auto", compile_model=False, pad_to_multiple_of=8, lr=2e-05, head_lr_factor=10,
+    epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1,
+    warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
+    best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
+    scratch_lr=0.0005, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
+)
+# fmt: on
 
 
 def output_path(name):
@@ -339,9 +404,10 @@ def check_constants():
 
 def check_data(label2idx):
     """Read all three files once: a bad line is reported now, not hours later."""
-    paths = {"train": train_path, "dev": dev_path, "test": test_path}
-    counts = {name: sum(1 for _ in read_examples(path, label2idx)) for name, path in paths.items()}
-    log("data", **counts, labels=len(label2idx))
+    stats = {path: scan_examples(path) for path in (train_path, dev_path, test_path)}
+    check_labels_known(stats, label2idx)
+    counts = (len(stats[path].text_lengths) for path in (train_path, dev_path, test_path))
+    log("data", **dict(zip(("train", "dev", "test"), counts, strict=True)), labels=len(label2idx))
 
 
 def get_encoder():
@@ -356,7 +422,7 @@ def get_encoder():
         return [folder, lr, lr * head_lr_factor, epochs]
     log("note", f"{error_message}; training a small BERT from scratch instead, with scratch_lr")
     folder = output_path(scratch_name)
-    data_helper.build_scratch_encoder([text for text, _ in read_examples(train_path)], folder, seed)
+    data_helper.build_scratch_encoder([text for _, text, _ in read_examples(train_path)], folder, seed)
     return [folder, scratch_lr, scratch_lr, scratch_epochs]
 
 
@@ -366,7 +432,7 @@ def log_setup(model, encoder, dtype, num_steps):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log("model", f"{folder} on {device}", parameters=f"{parameters / 1e6:.1f}M", dtype=str(dtype)[6:])
     sizes = {"steps_per_epoch": num_steps, "batch_size": batch_size, "processes": get_world_size()}
-    log("plan", epochs=num_epochs, **sizes, lr=f"{encoder_lr:g}", head_lr=f"{head_lr:g}", seed=seed)
+    log("plan", epochs=num_epochs, **sizes, lr=f"{encoder_lr:g}", head_lr=f"{head_lr:g}")
 
 
 def check_finite(loss, epoch, batch, scheduler):
@@ -380,8 +446,10 @@ def check_finite(loss, epoch, batch, scheduler):
 def log_epoch(row, num_epochs):
     """Print the line of an epoch."""
     names = ("train_loss", "dev_loss", "accuracy", "micro_f1", "macro_f1")
-    values = {name.replace("accuracy", "acc"): f"{row[name]:.3f}" for name in names}
-    log("epoch", f"{row['epoch']}/{num_epochs}", **values, time=f"{row['seconds']:.0f}s")
+    values = zip(
+        ("loss", "dev_loss", "acc", "micro_f1", "macro_f1"), (row[name] for name in names), strict=True
+    )
+    log("epoch", f"{row['epoch']}/{num_epochs}", **{name: f"{value:.3f}" for name, value in values})
 
 
 def is_best(row, history):

@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch: for tiny tensors one thread is fastest; child processes inherit it
 )
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "100"  # lines as long as without a terminal
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ def set_up(folder, monkeypatch, encoder_folder):
         write_jsonl(f"data/{name}.json", EXAMPLES * times)
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     set_constants(monkeypatch, encoder_folder)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
 
 
 def script(encoder_folder, **constants):

@@ -21,6 +21,7 @@ def run_code(code, folder, environment, output):
         os.dup2(file, number)
         os.close(file)
     sys.path.insert(0, "")
+    sys.argv = ["-c"]
     try:
         exec(compile(code, "script", "exec"), {"__name__": "__main__"})
     except KeyboardInterrupt:

@@ -387,7 +387,7 @@ def test_metrics_are_what_scikit_learn_says(project, monkeypatch):
         assert metrics["at_0.5"][f"{average}_f1"] == pytest.approx(
             f1_score(truth, predicted, average=average, zero_division=0)
         )
-    columns = precision_recall_fscore_support(truth, predicted, zero_division=0)
+    columns = [*precision_recall_fscore_support(truth, predicted, zero_division=0), map(sum, zip(*predicted))]
     for name, *row in zip("abc", *columns):
         assert list(metrics["by_label"][name].values()) == pytest.approx(row)
 
@@ -426,7 +426,7 @@ def test_thresholds_are_those_that_are_best_of_all(project, monkeypatch, seed):
     columns = list(zip(*matrix(truth, names)))
     flat = [value for row in matrix(truth, names) for value in row]
     assert tuned["single"] in best_threshold(flat, [p for row in probs for p in row])
-    for column, threshold, values in zip(columns, tuned["by_label"], zip(*probs)):
+    for column, threshold, values in zip(columns, tuned["by_label"].values(), zip(*probs)):
         expected = [tuned["single"]] if sum(column) < 5 else best_threshold(column, list(values))
         assert threshold in expected
 
@@ -434,32 +434,35 @@ def test_thresholds_are_those_that_are_best_of_all(project, monkeypatch, seed):
 def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(project, monkeypatch):
     metrics = train_with_probs(monkeypatch, TRUTH, PROBS)
     tuned = metrics["thresholds"]
-    assert 0.2 <= tuned["by_label"][0] < 0.3  # finds both examples of the first label, and no more
-    assert tuned["by_label"][2] == tuned["single"]  # no example
+    assert 0.2 <= tuned["by_label"]["a"] < 0.3  # finds both examples of the first label, and no more
+    assert tuned["by_label"]["c"] == tuned["single"]  # no example
     assert metrics["dev"]["at_by_label"]["micro_f1"] >= metrics["dev"]["at_0.5"]["micro_f1"]
     assert data_preprocess.load_json("model/config.json")["thresholds"] == tuned
 
 
 def test_among_equal_thresholds_the_nearest_to_one_half_is_taken(project, monkeypatch):
     metrics = train_with_probs(monkeypatch, [["a"], []], [[0.9], [0.1]], ("a",), min_label_support=1)
-    assert metrics["thresholds"] == {"single": 0.5, "by_label": [0.5]}
+    assert metrics["thresholds"] == {"single": 0.5, "by_label": {"a": 0.5}}
 
 
 @pytest.mark.parametrize("true, false, threshold", [(0.055, 0.045, 0.05), (0.96, 0.945, 0.95)])
 def test_thresholds_are_sought_from_5_to_95_percent(project, monkeypatch, true, false, threshold):
     metrics = train_with_probs(monkeypatch, [["a"], []], [[true], [false]], ("a",), min_label_support=1)
-    assert metrics["thresholds"] == {"single": threshold, "by_label": [threshold]}
+    assert metrics["thresholds"] == {"single": threshold, "by_label": {"a": threshold}}
 
 
 def test_errors_come_with_the_most_confident_first(project, monkeypatch):
     train_with_probs(monkeypatch, TRUTH, PROBS)
     errors = [json.loads(line) for line in open("model/errors.jsonl", encoding="utf-8")]
     texts = [number_text(n) for n in range(4)]
-    assert errors == [
-        {"text": texts[1], "true": ["a", "b"], "predicted": ["b"], "probability": {"a": 0.3, "b": 0.8}},
-        {"text": texts[0], "true": ["a"], "predicted": ["a", "b"], "probability": {"a": 0.9, "b": 0.6}},
-        {"text": texts[2], "true": ["b"], "predicted": [], "probability": {"b": 0.4}},
+    rows = [
+        (1, {"true": ["a", "b"], "predicted": ["b"], "probability": {"a": 0.3, "b": 0.8}}),
+        (0, {"true": ["a"], "predicted": ["a", "b"], "probability": {"a": 0.9, "b": 0.6}}),
+        (2, {"true": ["b"], "predicted": [], "probability": {"b": 0.4}}),
     ]
+    files = ("./data/dev.json", "./data/test.json")
+    places = [({"file": file, "line": n + 1, "text": texts[n]}, row) for file in files for n, row in rows]
+    assert errors == [{**place, **row} for place, row in places]
 
 
 def train_from_scratch(monkeypatch, texts):
@@ -470,6 +473,7 @@ def train_from_scratch(monkeypatch, texts):
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", bert_multilabel_cls.default_model)
     monkeypatch.setattr(train, "scratch_epochs", 1)
+    monkeypatch.setattr(train, "scratch_lr", 0)  # the encoder in model/ stays what training started from
     train.train()
 
 
@@ -478,8 +482,8 @@ TEXTS = ["今天股市大涨，股市成交放量", "股市低开 vs 高开 vs �
 
 def test_the_scratch_encoder_is_an_ordinary_folder(project, monkeypatch, offline):
     train_from_scratch(monkeypatch, TEXTS)
-    tokenizer = BertTokenizer.from_pretrained("model/scratch_encoder")
-    bert = BertModel.from_pretrained("model/scratch_encoder")
+    tokenizer = BertTokenizer.from_pretrained("model")
+    bert = BertModel.from_pretrained("model")
     assert tokenizer.tokenize("股市低放 VS 龘") == ["股市", "低", "放", "vs", "[UNK]"]
     assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 256
     assert bert.config.num_hidden_layers == 4
@@ -490,9 +494,9 @@ def test_the_scratch_encoder_is_an_ordinary_folder(project, monkeypatch, offline
 )
 def test_a_scratch_encoder_of_odd_texts_is_finite(project, monkeypatch, offline, texts):
     train_from_scratch(monkeypatch, texts)
-    bert = BertModel.from_pretrained("model/scratch_encoder")
+    bert = BertModel.from_pretrained("model")
     assert bert.embeddings.word_embeddings.weight.isfinite().all()
-    assert len(BertTokenizer.from_pretrained("model/scratch_encoder")) > 5
+    assert len(BertTokenizer.from_pretrained("model")) > 5
 
 
 def test_words_with_the_same_neighbours_start_with_similar_embeddings(project, monkeypatch, offline):
@@ -501,8 +505,8 @@ def test_words_with_the_same_neighbours_start_with_similar_embeddings(project, m
     monkeypatch.setattr(data_helper, "scratch_config", small)  # fewer dimensions than tokens
     pairs = [("cat eats fish", "dog eats fish"), ("car needs fuel", "bus needs fuel")]
     train_from_scratch(monkeypatch, [text for pair in pairs for text in pair] * 5)
-    tokenizer = BertTokenizer.from_pretrained("model/scratch_encoder")
-    embeddings = BertModel.from_pretrained("model/scratch_encoder").embeddings.word_embeddings.weight
+    tokenizer = BertTokenizer.from_pretrained("model")
+    embeddings = BertModel.from_pretrained("model").embeddings.word_embeddings.weight
     words = embeddings[tokenizer.convert_tokens_to_ids(["cat", "dog", "car", "bus"])].detach()
     cosines = torch.cosine_similarity(words[:, None], words, dim=-1)
     assert cosines[0, 1] > 0.9 and cosines[2, 3] > 0.9 and cosines[:2, 2:].max() < 0.5
@@ -514,7 +518,7 @@ def test_the_scratch_encoder_is_the_same_under_any_hash_seed(project, tmp_path):
         f"{text}{chr(0x4E00 + n * 37 % 50)}{chr(0x4E00 + n * 13 % 50)}" for n, text in enumerate(TEXTS * 20)
     ]
     write_jsonl("data/train.json", [(text, ["体育"]) for text in texts])
-    code = "import sys, train\ntrain.scratch_epochs, train.device = 1, 'cpu'\n"
+    code = "import sys, train\ntrain.scratch_epochs, train.device, train.scratch_lr = 1, 'cpu', 0\n"
     code += "train.save_model_path = sys.argv[1]\ntrain.train()"
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     for name in ("dev", "test"):
@@ -525,10 +529,10 @@ def test_the_scratch_encoder_is_the_same_under_any_hash_seed(project, tmp_path):
         runs.append(subprocess.Popen([sys.executable, "-c", code, seed], env=environment))
     for seed, run in zip(("1", "2"), runs):
         assert run.wait(120) == 0
-        files = (tmp_path / seed / "scratch_encoder").iterdir()
+        files = [file for file in (tmp_path / seed).iterdir() if "token" in file.name or "safe" in file.name]
         digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
     assert digests[0] == digests[1]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= digests[0].keys()
+    assert {"model.safetensors", "tokenizer.json"} <= digests[0].keys()
 
 
 def test_the_script_prints_the_tensors_of_the_training_file(project, capsys):

@@ -43,9 +43,11 @@ def test_preprocess_sorts_labels_and_says_what_it_found(tmp_path, capsys):
     assert label2idx == {"中超": 0, "体育": 1, "股市": 2, "财经": 3}
     printed = capsys.readouterr().out
     assert "texts    count=6 labels=4 labels_per_text=1.67 max_labels=4 without_label=1\n" in printed
-    lengths = "max_len=6 covers=50% longest=10 truncated_at_6=2 truncated_at_128=0 truncated_at_512=0\n"
+    lengths = "max_len=6 covers=50% longest=10 over_6=2 over_128=0 over_512=0\n"
     assert f"length   {lengths}" in printed
-    assert 'fewer_than=5_examples names={"中超": 2, "体育": 3, "股市": 2, "财经": 3}' in printed
+    assert (
+        "rare     labels=4 fewer_than=5_examples\nlabel    体育 train=3\nlabel    财经 train=3\n" in printed
+    )
 
 
 def test_a_label_that_a_text_has_twice_counts_once(tmp_path, capsys, monkeypatch):
@@ -54,7 +56,7 @@ def test_a_label_that_a_text_has_twice_counts_once(tmp_path, capsys, monkeypatch
     data_preprocess.preprocess(path, str(tmp_path / "label2idx.json"))
     printed = capsys.readouterr().out
     assert "labels=2 labels_per_text=1.00 max_labels=1 " in printed
-    assert 'labels=1 fewer_than=2_examples names={"x": 1}\n' in printed
+    assert "rare     labels=1 fewer_than=2_examples\nlabel    y train=2\nlabel    x train=1\n" in printed
 
 
 def test_label_index_is_the_same_under_any_hash_seed(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import random
 import shutil
 import signal
@@ -58,7 +59,8 @@ bert_multilabel_cls.HfApi.model_info = bert_multilabel_cls.snapshot_download = n
 def results(folder):
     """Return weights, metrics and history of a finished run, without seconds and folders."""
     metrics = data_preprocess.load_json(f"{folder}/metrics.json")
-    del metrics["train_seconds"], metrics["constants"]["save_model_path"]
+    del metrics["train_seconds"], metrics["constants"]["save_model_path"], metrics["run_name"]
+    metrics["changed"].pop("save_model_path", None)
     metrics["used"]["encoder"] = os.path.basename(metrics["used"]["encoder"])
     history = [json.loads(line) for line in open(f"{folder}/history.jsonl", encoding="utf-8")]
     for row in history:
@@ -192,7 +194,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     exit_code, out, err = finish(child)
     assert (exit_code, err) == (code, "")
     assert out.count("\nstopped  run the same command again to resume; epoch=") == 1
-    assert out.endswith(" checkpoint=./model/checkpoint.pth\n")
+    assert re.fullmatch(r"stopped  .*; epoch=\d batch=\d+", out.splitlines()[-1])
     assert "\nresume   from ./model/checkpoint.pth epoch=" in run_to_end(run, processes)
     assert_same("model", results("reference"))
 
@@ -268,7 +270,9 @@ def test_a_run_whose_recipe_has_changed_is_not_resumed(project, monkeypatch, cap
     stop_after(monkeypatch, 1)
     change(monkeypatch)
     before = contents(project)
-    with pytest.raises(InputError, match="delete this file, or set resume = False in train.py") as caught:
+    with pytest.raises(
+        InputError, match="to start over, delete ./model/checkpoint.pth or set resume = False in train.py"
+    ) as caught:
         train.train()
     assert named in str(caught.value) and contents(project) == before
     monkeypatch.setattr(train, "resume", False)
@@ -294,13 +298,15 @@ save_model(model, tokenizer, others, "model", {"single": 0.3})
 """
 
 
-@pytest.mark.parametrize("killed_at", range(9))
+@pytest.mark.parametrize("killed_at", range(18))
 def test_a_save_that_is_killed_leaves_one_model_or_says_that_it_does_not(project, monkeypatch, killed_at):
     """With other labels than before. The next run completes the save, and a note of somebody's stays.
 
-    8 moves: the finished folder, config.json away, five files, the emptied folder away. Then no kill.
+    17 moves: the finished folder; eight files of the finished run, their folder; config.json away, five new
+    files, the emptied folder. Then no kill. The finished run is there to the end, in one of two folders.
     """
     train.train()
+    finished = {os.path.basename(path): digest for path, digest in contents("model").items()}
     Path("model/note.txt").write_text("mine", encoding="utf-8")
     old, _, label2idx = load_model("model", "")
     others = {f"新{label}": idx for label, idx in label2idx.items()}
@@ -316,17 +322,18 @@ def test_a_save_that_is_killed_leaves_one_model_or_says_that_it_does_not(project
 
     killed = KILLED_AT_MOVE.format(killed_at, ("replace", "rename", "remove", "rmdir"))
     code, _, err = finish(start(killed + SAVE_OTHER_LABELS))
-    assert code == (0 if killed_at == 8 else -signal.SIGKILL), err
+    assert code == (0 if killed_at == 17 else -signal.SIGKILL), err
     for path in ("model", "model/multi_label_cls.pth"):
         try:
             assert is_new(path) == (killed_at > 0)
         except InputError as error:
-            assert "a save was interrupted; run python train.py again" in str(error) and 0 < killed_at < 8
+            assert "a save was interrupted; run python train.py again" in str(error) and 0 < killed_at < 17
     stop_after(monkeypatch, 0)
     assert is_new("model") == is_new("model/multi_label_cls.pth") == (killed_at > 0)
     train.train()
     assert load_model("model", "")[2] == label2idx and Path("model/note.txt").read_text("utf-8") == "mine"
     assert not [name for name in os.listdir("model") if "tmp" in name]
+    assert {os.path.basename(path): digest for path, digest in contents("model/previous").items()} == finished
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])
@@ -342,7 +349,7 @@ def test_two_runs_into_two_folders_share_no_file(project, encoder_folder, from_s
         assert exit_code == 0, out + err
     written = {path.split(os.sep)[0] for path in contents(".")}
     assert written == {"a", "b", "data"} and len(os.listdir("a/runs")) == len(os.listdir("b/runs")) == 1
-    assert os.path.exists("a/scratch_encoder") == os.path.exists("b/scratch_encoder") == from_scratch
+    assert not os.path.exists("a/scratch_encoder") and not os.path.exists("b/scratch_encoder")
     assert_same("a", results("b"))
 
 
@@ -454,6 +461,8 @@ def test_a_checkpoint_that_is_none_is_one_sentence(project):
     os.mkdir("model")
     for content in (b"", b"PK", b"\x80\x02."):
         Path(CHECKPOINT).write_bytes(content)
-        with pytest.raises(InputError, match="checkpoint.pth: not a checkpoint of a run; delete this file"):
+        with pytest.raises(
+            InputError, match="checkpoint.pth: not a checkpoint of a run; to start over, delete"
+        ):
             train.train()
     assert os.listdir("model") == ["checkpoint.pth"]
