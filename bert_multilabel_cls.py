@@ -384,7 +384,7 @@ def choose_dtype(precision, device):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without it
         raise InputError(f"device = {str(device)!r}: cannot be used ({short_message(error)})") from None
-    on_gpu, native = torch.device(device).type == "cuda", torch.cpu.get_capabilities()
+    on_gpu = torch.device(device).type == "cuda"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if precision not in ("auto", "bf16", "fp32", *["fp16"] * on_gpu):
         raise InputError(f'precision = {precision!r}: must be "auto", "bf16", "fp32", or on a GPU "fp16"')
@@ -392,7 +392,15 @@ def choose_dtype(precision, device):
         return dtypes[precision]
     if on_gpu:
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16():
+    """Return whether the CPU multiplies bf16 matrices natively."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        native = torch.cpu.get_capabilities()
+        return bool(native.get("avx512_bf16") or native.get("amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # older torch
 
 
 def autocast(device, dtype):

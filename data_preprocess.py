@@ -140,10 +140,10 @@ def log_suspects(stats):
     for label in sorted(counts):
         folded = unicodedata.normalize("NFKC", label).casefold()
         visible = (c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
-        spellings["".join(visible)].append(f'"{shorten(label)}" ({counts[label]} texts)')
+        spellings["".join(visible)].append(f'"{shorten(label)}" ({counts[label]})')
     for same in spellings.values():
         if len(same) > 1:
-            log("note", f"probably one label: {', '.join(same)}")
+            log("note", f"probably one label, to be spelt alike: {', '.join(same)}")
     joined = [
         label
         for label in sorted(counts)
