@@ -12,6 +12,7 @@ A trained model's folder needs nothing else to predict, and transformers reads i
 import copy
 import ctypes
 import glob
+import inspect
 import os
 import re
 import shutil
@@ -352,6 +353,9 @@ def load_weights(model_path):
     if not all(torch.is_tensor(tensors.get(key)) for key in ("fc.weight", "fc.bias")):
         raise InputError(f"{path}: not a checkpoint of this project (it has no fc.weight and fc.bias)")
     state_dict.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
+    for old in [key for key in state_dict if key.endswith(("LayerNorm.gamma", "LayerNorm.beta"))]:
+        new = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        state_dict[new] = state_dict.pop(old)  # as TensorFlow and transformers 5.0 call them
     return state_dict, path
 
 
@@ -413,7 +417,13 @@ def wrap_model(model, compile_model, world_size):
     torch.backends.cuda.matmul.allow_tf32 = True
     tune_malloc()
     network = torch.compile(model) if compile_model else model
-    return DistributedDataParallel(network, forward_sync_buffers=False) if world_size > 1 else network
+    if world_size == 1:
+        return network
+    names = inspect.signature(
+        DistributedDataParallel
+    ).parameters  # torch before 2.13 has the second name only
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(network, **{sync_buffers: False})
 
 
 def tune_malloc():

@@ -170,7 +170,7 @@ def check_labels_known(stats, label2idx):
             place = file.first_locations[label].removeprefix(f"{path}:")
             log("unknown", shorten(label), file=path, texts=file.label_counts[label], first_line=place)
     if unknown:
-        more = f" (nor are {len(unknown) - 1} more, listed above)" * (len(unknown) > 1)
+        more = f" (and {len(unknown) - 1} more, listed above)" * (len(unknown) > 1)
         raise InputError(f"{unknown[0]}{more}; {unknown_label}")
 
 

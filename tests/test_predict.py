@@ -14,10 +14,12 @@ import torch
 from sklearn.metrics import f1_score
 
 import bert_multilabel_cls
+import data_preprocess
 import predict
-from conftest import finish, root, start
+import train
+from conftest import contents, finish, root, start
 from bert_multilabel_cls import BertMultiLabelCls
-from data_preprocess import InputError, dump_json
+from data_preprocess import InputError, dump_json, run_script
 
 TEXTS = ["中超开赛", "", "股市大涨今日股市大涨", "今", "龘", "中超得分股市大涨"]
 
@@ -239,7 +241,7 @@ def test_script_prints_texts_labels_and_probabilities(trained):
 
 
 def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(trained, monkeypatch):
-    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.03.
+    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.05.
 
     On DuEE 99.999 % of the decisions agree; a network of 16 dimensions has more ties.
     """
@@ -258,7 +260,7 @@ def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(train
     rounded = predict.predict_proba(many)
     assert dtypes == {(torch.bfloat16, torch.float32)} and not np.array_equal(exact, rounded)
     differ = (exact > 0.5) != (rounded > 0.5)
-    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.03
+    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.05
 
 
 def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):
@@ -272,7 +274,9 @@ def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):
 
 
 def test_a_cold_start_imports_nothing_that_prediction_does_not_need():
-    code = "import sys, predict; print([name for name in ('sklearn', 'train') if name in sys.modules])"
+    code = "import sys, transformers.trainer_pt_utils\n"  # older ones import sklearn by themselves
+    code += "names = {'sklearn', 'train'} - {*sys.modules}\n"
+    code += "import predict; print(sorted(names & {*sys.modules}))"
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 
@@ -571,3 +575,70 @@ def test_memory_does_not_grow_with_the_file(trained):
     small, large = (int(line.split()[1]) for line in out.splitlines() if line.startswith("peak "))
     assert os.path.getsize("out/labels.json") > 10 * 2**20
     assert large - small < 5 * 1024, (small, large)  # KiB
+
+
+def test_texts_of_the_command_line_are_labelled(trained, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "input_path", "of a file")
+    monkeypatch.setattr(sys, "argv", ["predict.py", "中超开赛", "股市\n大涨"])
+    run_script(predict.main, takes_texts=True)
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"中超开赛\t中超\(0\.\d{3}\) 体育\(0\.\d{3}\)", first) and second.startswith(
+        "股市\\n大涨\t"
+    )
+
+
+@pytest.mark.parametrize("module", [predict, train, data_preprocess])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["x", "-h"], ["--lr", "3"], ["--threshold=0.3", "text"]]
+)
+def test_arguments_are_explained_or_refused_and_nothing_is_done(project, module, arguments):
+    before = contents(project)
+    command = [sys.executable, module.__file__, *arguments]
+    run = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"}
+    )
+    assert contents(project) == before
+    name = os.path.basename(module.__file__)
+    if {"-h", "--help"} & {*arguments}:
+        words = ("reads ", "writes ", "run ", "\nlabel2idx_path = ")
+        assert run.returncode == 0 and all(word in run.stdout for word in words)
+    else:
+        settings = "settings are the constants at the top of the script; see --help"
+        refused = f"error: {arguments[0]!r}: not an argument of {name}; {settings}\n"
+        assert (run.returncode, run.stdout, run.stderr) == (1, "", refused)
+
+
+def test_a_threshold_by_label_leaves_the_others_at_one_half(trained, monkeypatch):
+    fixed_probs(monkeypatch, [[0.35, 0.45, 0.55, 0.65]], predict.get_labels())
+    monkeypatch.setattr(predict, "threshold", {"中超": 0.3, "财经": 0.7})
+    assert predict.predict(["中"]) == [["中超", "股市"]]
+    monkeypatch.setattr(predict, "threshold", {"别的": 0.3})
+    with pytest.raises(InputError, match="threshold = .*: the model has no label '别的'"):
+        predict.predict(["中"])
+    monkeypatch.setattr(predict, "threshold", {"中超": 3})
+    with pytest.raises(InputError, match="threshold = .*: must be a number from 0 to 1"):
+        predict.predict(["中"])
+
+
+def test_tuned_thresholds_are_written_with_their_labels(trained):
+    thresholds = data_preprocess.load_json("model/config.json")["thresholds"]
+    assert list(thresholds["by_label"]) == predict.get_labels() == ["中超", "体育", "股市", "财经"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_reading(trained, monkeypatch):
+    Path("in.txt").write_bytes(b"\xff")
+    monkeypatch.setattr(predict, "input_path", "in.txt")
+    monkeypatch.setattr(predict, "output_path", "in.txt/out.json")
+    with pytest.raises(InputError, match="in.txt/out.json: cannot be written"):
+        predict.main()
+
+
+def test_whatever_is_missing_is_said_with_the_folder_that_paths_start_from(project, monkeypatch, offline):
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", "someone/none")
+    here = str(project)
+    for call in (lambda: predict.predict(["a"]), train.train):
+        with pytest.raises(InputError, match=here):
+            call()
+    os.remove("data/label2idx.json")
+    with pytest.raises(InputError, match=f"label index yet; .*{here}"):
+        train.train()

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import data_preprocess
 import predict
 import train
 from bert_multilabel_cls import BertMultiLabelCls, load_model
-from conftest import EXAMPLES, TOKENS, finish, script, start, without_key_biases, write_jsonl
+from conftest import EXAMPLES, TOKENS, contents, finish, script, start, without_key_biases, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -624,3 +625,135 @@ def test_script_says_to_preprocess(project, encoder_folder, content, message):
     code, _, err = finish(start(script(encoder_folder)))
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert message in err and "python data_preprocess.py" in err
+
+
+def test_the_defaults_of_metrics_json_are_the_constants_as_shipped(project, monkeypatch):
+    """And what differs from them is said."""
+    monkeypatch.undo()
+    values = {name: value for name, value in train.constants().items() if name != "device"}
+    assert values == train.shipped
+    monkeypatch.chdir(project)
+
+
+def test_metrics_say_what_differs_from_the_defaults(project):
+    train.train()
+    metrics = data_preprocess.load_json("model/metrics.json")
+    expected = dict(precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr_factor=5)
+    assert metrics["changed"].pop("pretrained_model").endswith("encoder0")
+    assert metrics["changed"] == expected | {"tensorboard_name": ""}
+    assert re.fullmatch(r"model_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", metrics["run_name"])
+
+
+def test_a_second_run_keeps_the_finished_model_and_its_curves(project, monkeypatch, capsys):
+    monkeypatch.setattr(train, "tensorboard_name", "runs")
+    train.train()
+    name = data_preprocess.load_json("model/metrics.json")["run_name"]
+    finished = {os.path.relpath(path, "model"): digest for path, digest in contents("model").items()}
+    monkeypatch.setattr(train, "seed", 1)
+    monkeypatch.setattr(train.time, "strftime", lambda form: "later")
+    train.train()
+    assert capsys.readouterr().out.count("the finished model in ./model moves to ./model/previous\n") == 1
+    previous = {
+        os.path.relpath(path, "model/previous"): digest for path, digest in contents("model/previous").items()
+    }
+    assert previous == finished and any(path.startswith(os.path.join("runs", name)) for path in previous)
+    assert os.listdir("model/runs") == ["model_later"]
+    assert predict.predict(["中"]) is not None
+
+
+def test_a_run_that_was_not_finished_never_becomes_the_previous_one(project, monkeypatch):
+    train.train()
+    finished = contents("model")
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "resume", False)
+    for seed in (1, 2):
+        monkeypatch.setattr(train, "seed", seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "test", fail)
+            with pytest.raises(KeyboardInterrupt):
+                train.train()
+        previous = contents("model/previous")
+        assert [*previous.values()] and {os.path.basename(p): d for p, d in previous.items()} == {
+            os.path.basename(p): d for p, d in finished.items()
+        }
+        assert not os.path.exists("model/metrics.json") and not os.path.exists("model/errors.jsonl")
+
+
+def test_a_checkpoint_of_the_article_is_kept(project, encoder_folder):
+    """It has no labels of its own, and stands alone in the folder."""
+    os.mkdir("model")
+    model = BertMultiLabelCls(None, 4)
+    torch.save(model.state_dict(), "model/multi_label_cls.pth")
+    before = contents("model")["model/multi_label_cls.pth"]
+    train.train()
+    assert contents("model/previous") == {"model/previous/multi_label_cls.pth": before}
+
+
+def test_what_does_not_fit_is_said(project, monkeypatch, capsys):
+    """Unknown tokens; nothing predicted; a last epoch that is the best; labels never predicted."""
+    write_jsonl("data/train.json", [("привет мир", ["体育"]), ("股市大涨", ["中超"])] * 8)
+    write_jsonl("data/dev.json", [("привет", ["体育"]), ("股市", ["中超"])])
+    write_jsonl("data/test.json", [("привет", ["体育"])])
+    data_preprocess.main()
+    monkeypatch.setattr(train, "lr", 1e-4)
+    train.train()
+    printed = capsys.readouterr().out
+    assert re.search(r"note     \d\d\.\d% of the tokens are unknown to this encoder", printed)
+    assert printed.count("no label is predicted on dev after epoch") == 2
+    assert "2 labels are never predicted on dev: 中超, 体育; try threshold" in printed
+
+
+def test_a_run_that_still_gets_better_is_said_to(project, monkeypatch, capsys):
+    set_train(monkeypatch, best_metric="loss", lr=5e-3, head_lr_factor=1, epochs=6, warmup_ratio=0)
+    train.train()
+    assert (
+        "the last epoch is the best one and the loss on dev still falls; raise epochs"
+        in capsys.readouterr().out
+    )
+
+
+def test_nothing_is_said_where_all_is_well(project, monkeypatch, capsys):
+    monkeypatch.setattr(train, "epochs", 25)
+    monkeypatch.setattr(train, "lr", 5e-3)
+    monkeypatch.setattr(train, "head_lr_factor", 1)
+    train.train()
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert all("after epoch" in note or "threshold in predict.py" in note for note in notes), notes
+
+
+@pytest.mark.parametrize("path", ["data/train.json/model", "data/train.json/m.pth", "/proc/model/m.pth"])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(project, monkeypatch, capsys, path):
+    monkeypatch.setattr(train, "save_model_path", path)
+    with pytest.raises(InputError, match=f"^{path.removesuffix('/m.pth')}/.*: cannot be written"):
+        train.train()
+    assert "epoch" not in capsys.readouterr().out and not os.path.exists("model")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_lines_fit_the_terminal(project, monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    data_preprocess.main()
+    train.train()
+    lines = capsys.readouterr().out.splitlines()
+    wide = [len(line) + sum(unicodedata.east_asian_width(c) in "WF" for c in line) for line in lines]
+    assert max(width for width, line in zip(wide, lines) if "/" not in line) <= columns
+    whole = [line for line in lines if re.match(r"(epoch|test|dev|texts|length|label) ", line)]
+    assert all(re.search(r"=", line) for line in whole)  # none is the second half of another
+
+
+def test_of_many_labels_the_ten_weakest_are_printed_and_line_breaks_are_shown(project, monkeypatch, capsys):
+    labels = [f"label\n{n}" for n in range(50)]
+    for name in ("train", "dev", "test"):
+        write_jsonl(f"data/{name}.json", [("中超", labels), ("股市", [])])
+    data_preprocess.main()
+    monkeypatch.setattr(train, "epochs", 1)
+    capsys.readouterr()
+    train.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("label ")]
+    assert len(lines) == 11 and lines[0].startswith("label    label\\n0 precision=")
+    assert re.fullmatch(
+        r"label    … 40 others with f1 of 0\.\d+ or more; all in ./model/metrics.json", lines[10]
+    )
