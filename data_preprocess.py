@@ -28,7 +28,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 from tqdm import tqdm
 
@@ -233,7 +233,24 @@ def stratify(groups):
         sides[text] = max(range(3), key=lambda side: (needs[label][side], needs[None][side]))
         for label in (None, *groups[text]):
             needs[label][sides[text]] -= 1
+    cover_labels(groups, sides, counts)
     return [sides[text] for text in groups]
+
+
+def cover_labels(groups, sides, counts):
+    """Move single texts in {text: file} so that a label of three texts or more is in all three files."""
+    texts_with, held = defaultdict(list), Counter()
+    for text, side in sides.items():
+        for label in groups[text]:
+            texts_with[label].append(text)
+            held[label, side] += 1
+    for label, side in product(sorted(counts), range(3)):
+        if held[label, side] == 0 and counts[label] > 2:
+            spare = (t for t in texts_with[label] if all(held[name, sides[t]] > 1 for name in groups[t]))
+            if text := next(spare, None):
+                held.subtract((name, sides[text]) for name in groups[text])
+                held.update((name, side) for name in groups[text])
+                sides[text] = side
 
 
 def read_table_examples(table_path):
