@@ -685,7 +685,10 @@ def get_columns():
 
 def escape(text):
     """Return a text with control characters, such as line breaks, shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)  # Zs: wide and other spaces
+    return "".join(
+        c if keep else c.encode("unicode_escape").decode() for c, keep in zip(text, shown, strict=True)
+    )
 
 
 def wrap(text, columns):
