@@ -315,13 +315,12 @@ def get_format(columns, names):
 
     def get_row(item, chosen, probs):
         """Return the output for an item of read_input, a dict."""
-        [pairs] = name_labels(probs[None], np.ones_like(chosen)[None], names)
-        probabilities = {label: round(prob, 4) for label, prob in pairs}
         _, _, true, fields = item
         row = {**fields} | ({} if true is None else {"true": true})
-        row["label"] = [names[c] for c in np.flatnonzero(chosen)]
-        shown = names if all_probabilities else row["label"]
-        return row | {"probability": {label: probabilities[label] for label in shown}}
+        columns = np.flatnonzero(chosen)
+        row["label"] = [names[c] for c in columns]
+        shown = range(len(names)) if all_probabilities else columns
+        return row | {"probability": {names[c]: round(float(probs[c]), 4) for c in shown}}
 
     def jsonl_row(*arguments):
         """Return a line of JSON."""
