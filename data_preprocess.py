@@ -417,15 +417,13 @@ def file_format(data_path):
     first_line = head.strip().partition(b"\n")[0].strip()
     if re.match(rb"\[\s*([{\"\[]|$)", first_line):
         raise InputError(f"{data_path}: a JSON array; write one object a line instead, without [ ] around")
-    cells = [cell.strip('" ') for cell in re.split("[,;\t]", first_line.decode("utf-8", "replace"))]
+    if first_line.startswith(b"{"):
+        return "jsonl"
     name = data_path.lower()
-    if (
-        not first_line.startswith(b"{")
-        and name.endswith((".csv", ".tsv"))
-        or text_column in cells[1:] + cells[:-1]
-    ):
+    cells = [cell.strip('" ') for cell in re.split("[,;\t]", first_line.decode("utf-8", "replace"))]
+    if name.endswith((".csv", ".tsv")) or len(cells) > 1 and text_column in cells:
         return "table"
-    return "jsonl" if first_line.startswith(b"{") or name.endswith((".json", ".jsonl")) else "text"
+    return "jsonl" if name.endswith((".json", ".jsonl")) else "text"
 
 
 def parse_json_line(location, line):

@@ -157,15 +157,9 @@ def train():
                     bar.set_postfix(loss=f"{loss:.4f}")
                     acc = get_acc_score(labels, probs)
                     with bar.external_write_mode():
+                        shown = {"acc": f"{acc:.3f}", "loss": f"{loss:.4f}"}
                         seconds = f"{time.perf_counter() - start_time:.0f}s"
-                        log(
-                            "train",
-                            epoch=epoch + 1,
-                            batch=i,
-                            acc=f"{acc:.3f}",
-                            loss=f"{loss:.4f}",
-                            time=seconds,
-                        )
+                        log("train", epoch=epoch + 1, batch=i, **shown, time=seconds)
                     log_scalars({"train/loss": loss, "train/lr": scheduler.get_last_lr()[0]}, step)
                 if sync_gradients:
                     scaler.unscale_(optimizer)

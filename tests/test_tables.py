@@ -264,3 +264,9 @@ def test_all_probabilities_of_a_file(trained, monkeypatch):
 def test_a_column_that_the_output_needs_is_refused(trained, monkeypatch):
     with pytest.raises(InputError, match='the key "probability" is needed for the output'):
         label_file(monkeypatch, [["text", "probability"], ["a", "1"]])
+
+
+def test_jsonl_is_jsonl_though_a_label_is_called_as_the_column(project, monkeypatch):
+    write_jsonl("data/train.json", [("中", ["体育", "text", "股市"])] * 8)
+    data_preprocess.main()
+    assert "text" in data_preprocess.load_json("data/label2idx.json")
