@@ -267,6 +267,7 @@ def test_a_column_that_the_output_needs_is_refused(trained, monkeypatch):
 
 
 def test_jsonl_is_jsonl_though_a_label_is_called_as_the_column(project, monkeypatch):
-    write_jsonl("data/train.json", [("中", ["体育", "text", "股市"])] * 8)
+    for name in ("train", "dev", "test"):
+        write_jsonl(f"data/{name}.json", [("中", ["体育", "text", "股市"])] * 8)
     data_preprocess.main()
     assert "text" in data_preprocess.load_json("data/label2idx.json")
