@@ -149,7 +149,7 @@ class Bench:
 
     def __init__(self, data_path, size, batch_size, compiled):
         self.size, self.batch_size, self.compiled = size, batch_size, compiled
-        examples = list(read_examples(data_path))
+        examples = [(text, labels) for _, text, labels in read_examples(data_path)]
         wanted = steps[size] * batch_size
         if len(examples) < wanted:
             raise InputError(f"{data_path}: has {len(examples)} texts, but {wanted} are measured")
@@ -385,8 +385,8 @@ def print_table(kind, rows, peak):
         )
 
 
-def main():
-    """Measure, and print the table and the JSON document."""
+def parse_arguments():
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description="Compare the speed of this project with other ways to train."
     )
@@ -396,7 +396,12 @@ def main():
     )
     parser.add_argument("--size", choices=sizes, default="base")
     parser.add_argument("--batch", type=int, default=32)
-    given = parser.parse_args()
+    given, sys.argv[1:] = parser.parse_args(), []  # run_script refuses arguments
+    return given
+
+
+def measure_all(given):
+    """Measure, and print the table and the JSON document."""
     data_path = os.path.abspath(given.data_path)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -421,4 +426,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    given = parse_arguments()
+    run_script(lambda: measure_all(given))
