@@ -125,6 +125,7 @@ def list_hub_files(name):
     result = [TimeoutError(f"no answer within {hub_timeout} s")]
 
     def ask_hub():
+        """Put the names, or the error, into `result`."""
         try:
             siblings = HfApi().model_info(name, timeout=hub_timeout / 2).siblings
             result[0] = [file.rfilename for file in siblings]

@@ -43,14 +43,6 @@ shown_labels = 5  # so many of the most frequent and of the rarest labels are pr
 num_special_tokens = 2  # [CLS] and [SEP]
 log_columns = 100  # longer log lines are wrapped, in a narrower terminal earlier
 bar_delay = 3  # seconds before reading and tokenizing show a bar
-unknown_label = "if training has it, run python data_preprocess.py; if not, remove it, or add examples of it"
-unreadable_formats = {  # by the first bytes
-    b"PK\x03\x04": "an .xlsx or .zip file; save it in Excel as CSV UTF-8, or unpack it",
-    b"\xd0\xcf\x11\xe0": "an .xls file; save it in Excel as CSV UTF-8",
-    b"\x1f\x8b": "compressed with gzip; unpack it: gunzip FILE",
-    b"\xff\xfe": "UTF-16, not UTF-8; save it in Excel as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 OLD > NEW",
-    b"PAR1": "a Parquet file; save it as CSV or JSONL",
-}
 
 # One table, in place of the three files.
 table_path = ""  # .csv or .tsv with a header, or JSONL; "" if the three files are there
@@ -100,6 +92,7 @@ def suggest_max_len(text_lengths, max_len_ratio):
     return sorted(text_lengths)[covered - 1] + num_special_tokens
 
 
+unknown_label = "if training has it, run python data_preprocess.py; if not, remove it, or add examples of it"
 FileStats = namedtuple("FileStats", "text_lengths labels_per_text label_counts first_locations text_hashes")
 
 
@@ -144,17 +137,11 @@ def log_suspects(stats):
     for same in spellings.values():
         if len(same) > 1:
             log("note", f"probably one label, to be spelt alike: {', '.join(same)}")
-    joined = [
-        label
-        for label in sorted(counts)
-        if {*re.split(r"[,;|/，；、]\s*", label)} & (counts.keys() - {label})
-    ]
+    parts = {label: re.split(r"[,;|/，；、]\s*", label) for label in sorted(counts)}
+    joined = [label for label in parts if any(part in counts and part != label for part in parts[label])]
     if joined:
-        log(
-            "note",
-            f"probably several labels in one: {', '.join(map(shorten, joined[:3]))}",
-            count=len(joined),
-        )
+        some = ", ".join(map(shorten, joined[:3]))
+        log("note", f"probably several labels in one: {some}", count=len(joined))
     pairs = combinations(zip(("train", "dev", "test"), stats), 2)
     twice = {f"{a}_{b}": len(one.text_hashes & two.text_hashes) for (a, one), (b, two) in pairs}
     if any(twice.values()):
@@ -191,7 +178,7 @@ def split_table(table_path, paths):
         groups[text_key(text)].update(labels)
     if len(groups) < 3:
         raise InputError(f"{table_path}: {len(groups)} different texts; training, dev and test need one each")
-    sides = dict(zip(groups, stratify(groups), strict=True))
+    sides = stratify(groups)
     rows = [[], [], []]
     for text, labels in examples:
         rows[sides[text_key(text)]].append({"text": text, "label": labels})
@@ -211,7 +198,7 @@ def split_table(table_path, paths):
 
 
 def stratify(groups):
-    """Return for each text of {text: set of labels} its file: 0 for training, 1 for dev, 2 for test.
+    """Return {text: file} of {text: set of labels}; a file is 0 for training, 1 for dev, 2 for test.
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, section 3.1) in one pass: texts are dealt
     out by their rarest label, each to the file that still needs most of that label.
@@ -222,19 +209,24 @@ def stratify(groups):
         dev, test = (max(1, share * count) if count > 2 else 0 for share in split[1:])
         needs[label] = [count - dev - test, dev, test]
 
+    rarest = {
+        text: min(labels, key=lambda label: (counts[label], label), default=None)
+        for text, labels in groups.items()
+    }
+
     def rarest_first(text):
         """Return the sort key of a text: a hash stands in for chance, so that the split never changes."""
-        label = min(groups[text], key=lambda label: (counts[label], label), default=None)
-        return counts[label] if label else math.inf, label or "", hashlib.sha256(text.encode()).digest()
+        label, digest = rarest[text], hashlib.sha256(text.encode()).digest()
+        return (math.inf, "", digest) if label is None else (counts[label], label, digest)
 
     sides = {}
     for text in sorted(groups, key=rarest_first):
-        label = rarest_first(text)[1] or None
+        label = rarest[text]
         sides[text] = max(range(3), key=lambda side: (needs[label][side], needs[None][side]))
         for label in (None, *groups[text]):
             needs[label][sides[text]] -= 1
     cover_labels(groups, sides, counts)
-    return [sides[text] for text in groups]
+    return sides
 
 
 def cover_labels(groups, sides, counts):
@@ -402,6 +394,15 @@ def read_lines(data_path, keep_blank=False, bar=True):
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if keep_blank or line.strip():
                 yield f"{data_path}:{number}", line
+
+
+unreadable_formats = {  # by the first bytes
+    b"PK\x03\x04": "an .xlsx or .zip file; save it in Excel as CSV UTF-8, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an .xls file; save it in Excel as CSV UTF-8",
+    b"\x1f\x8b": "compressed with gzip; unpack it: gunzip FILE",
+    b"\xff\xfe": "UTF-16, not UTF-8; save it in Excel as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+    b"PAR1": "a Parquet file; save it as CSV or JSONL",
+}
 
 
 def file_format(data_path):
@@ -716,10 +717,8 @@ def log_label_metrics(by_label, where):
         scores = {key: f"{row[key]:.3f}" for key in ("precision", "recall", "f1")}
         log("label", shorten(name), **scores, support=row["support"])
     if rows[num_shown:]:
-        log(
-            "label",
-            f"… {len(rows) - num_shown} others with f1 of {rows[num_shown][1]['f1']:.3f} or more; {where}",
-        )
+        least = f"{rows[num_shown][1]['f1']:.3f}"
+        log("label", f"… {len(rows) - num_shown} others with f1 of {least} or more; {where}")
 
 
 def main():

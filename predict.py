@@ -61,9 +61,7 @@ batch_size = 32  # texts; more need more memory
 chunk_size = 4096  # texts tokenized, sorted by length and held in memory at a time
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
-threshold = (
-    0.5  # labels with a probability above it; {"billing": 0.3}: the others at 0.5; "tuned": those of dev
-)
+threshold = 0.5  # of the probability; {"billing": 0.3}: the others at 0.5; "tuned": by label, chosen on dev
 min_labels = 0  # at least so many labels per text, the most probable ones
 max_labels = None  # at most so many; None for no limit
 all_probabilities = False  # True: a file gets the probabilities of all labels, not only of the chosen ones
@@ -121,7 +119,7 @@ def predict_file():
     start_time = time.perf_counter()
     dtype = str(model.bert.dtype).removeprefix("torch.")
     log("input", path=input_path, device=device, dtype=dtype, processes=world_size)
-    num_texts, columns = validate_input(names)
+    num_texts, columns = validate_input(label2idx)
     log("checked", texts=num_texts)
     header, format_row = get_format(columns, names)
     counts = torch.zeros(5, len(names), dtype=torch.int64)
@@ -191,7 +189,7 @@ def get_thresholds(config, names):
             raise InputError(f'threshold = "tuned": {save_model_path} has no tuned thresholds; set a number')
     if not isinstance(chosen, dict):
         chosen = dict.fromkeys(names, chosen)
-    if unknown := [name for name in chosen if name not in names]:
+    if unknown := sorted(chosen.keys() - set(names)):
         raise InputError(f"threshold = {threshold!r:.60}: the model has no label {unknown[0]!r}")
     for value in chosen.values():
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -269,12 +267,12 @@ def read_input(bar=True):
             yield location, text, check_labels(location, item) if "label" in item else None, item
 
 
-def validate_input(names):
+def validate_input(label2idx):
     """Return (number of texts, names of the fields of all). Raises InputError at the first invalid line."""
     num_texts, columns = 0, {}
     for location, _, labels, fields in read_input():
         for label in labels or ():
-            if label not in names:
+            if label not in label2idx:
                 raise InputError(f"{location}: the model has no label {label!r}; remove it from this line")
         for key in fields.keys() & {"true", "probability", *["label"] * (labels is None)}:
             raise InputError(f'{location}: the key "{key}" is needed for the output; rename it')

@@ -259,9 +259,7 @@ def note_unknown_tokens(dataset):
     """Say so if the encoder does not know more than 3 % of the tokens: it is of another language."""
     unknown = (dataset.ids == dataset.tokenizer.unk_token_id).float().mean().item()
     if unknown > 0.03:
-        log(
-            "note", f"{unknown:.1%} of the tokens are unknown to this encoder; is it one of another language?"
-        )
+        log("note", f"{unknown:.1%} of the tokens are unknown to this encoder; is it of another language?")
 
 
 def note_no_predictions(row, probs):

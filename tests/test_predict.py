@@ -603,6 +603,7 @@ def test_arguments_are_explained_or_refused_and_nothing_is_done(project, module,
     if {"-h", "--help"} & {*arguments}:
         words = ("reads ", "writes ", "run ", "\nlabel2idx_path = ")
         assert run.returncode == 0 and all(word in run.stdout for word in words)
+        assert not re.search(r"^\w+ = [({\[]$", run.stdout, re.MULTILINE)  # no constant without its value
     else:
         settings = "settings are the constants at the top of the script; see --help"
         refused = f"error: {arguments[0]!r}: not an argument of {name}; {settings}\n"
