@@ -17,15 +17,19 @@ import os
 import re
 import shutil
 import threading
+import unicodedata
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from data_preprocess import InputError, check_number, dump_jsonl, fsync_file, load_json_object
@@ -34,7 +38,11 @@ from data_preprocess import load_label2idx, log, short_message, sibling_path, wr
 default_model = "bert-base-chinese"  # do not change: the one that a small BERT replaces if it is missing
 pretrained_model = default_model  # any BERT: a Hugging Face id, or a local folder
 hub_timeout = 8  # seconds after which the hub counts as unreachable
-run_files = "*.safetensors *token*.json vocab.txt metrics.json history.jsonl errors.jsonl config.json".split()
+# What training wraps around a network stands before the names of its weights.
+known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
+offline_lock = threading.RLock()
+tokenizer_files = "*token*.json vocab.* *.model merges.txt bpe.codes".split()
+run_files = "*.safetensors metrics.json history.jsonl errors.jsonl config.json".split() + tokenizer_files
 
 
 class BertMultiLabelCls(nn.Module):
@@ -99,7 +107,7 @@ def find_encoder(name):
     with suppress(OSError, ValueError):  # not cached; ValueError: not a valid id, such as ./model/none
         folder = snapshot_download(name, local_files_only=True)
         names = " ".join(os.listdir(folder))
-        required = (r"\bconfig\.json", r"vocab\.txt|tokenizer\.json", r"\.safetensors|\.bin")
+        required = (r"\bconfig\.json", r"vocab\.|tokenizer\.json|\.model", r"\.safetensors|\.bin")
         if all(re.search(pattern, names) for pattern in required):
             return folder, ""
     try:
@@ -112,7 +120,7 @@ def find_encoder(name):
             "model.safetensors into a folder and set pretrained_model in bert_multilabel_cls.py to it"
         )
     weights = "*.safetensors*" if ".safetensors" in " ".join(names) else "pytorch_model*.bin*"
-    patterns = ["config.json", "vocab.txt", "*token*.json", weights]
+    patterns = ["config.json", *tokenizer_files, weights]
     try:
         return snapshot_download(name, allow_patterns=patterns), ""
     except (OSError, ValueError) as error:  # no reason to train something else instead
@@ -144,51 +152,230 @@ def load_pretrained(cls, name, fine_tuned=False):
     """Return cls.from_pretrained(name); cls is BertModel (returned in float32), BertTokenizer or BertConfig.
 
     fine_tuned: keep the tokenizer's own lower-casing; for a pretrained encoder the vocabulary decides.
-    Raises InputError if it is not found (without a network within hub_timeout), or not a BERT.
+    Raises InputError if it is not found (without a network within hub_timeout), or would be read wrongly.
     """
     folder, error_message = find_encoder(name)
-    if folder:
-        model_type = load_json_object(os.path.join(folder, "config.json")).get("model_type", "bert")
-        if model_type != "bert":
-            raise InputError(f'{name}: its model_type is "{model_type}", but only "bert" is supported')
     try:
         with offline():
-            loaded = cls.from_pretrained(folder or name)
-            if cls is BertTokenizer and not fine_tuned and loaded.do_lower_case == is_cased(loaded):
-                loaded = cls.from_pretrained(folder or name, do_lower_case=not loaded.do_lower_case)
-    except Exception as error:  # each format of the weights has its own errors
+            if not folder:
+                loaded = cls.from_pretrained(name)
+            elif cls is BertModel:
+                loaded = load_encoder(folder)
+            else:
+                config = load_config(folder)
+                loaded = config if cls is BertConfig else load_tokenizer(folder, config, fine_tuned)
+    except InputError:
+        raise
+    except Exception as error:  # each format has its own errors
         reason = f"{name}: cannot be loaded ({short_message(error)}); incomplete, or Git LFS pointers?"
         raise InputError(error_message or reason) from None
-    if cls is BertModel:
-        for parameter in loaded.parameters():  # never train in float16; a copy, as Windows locks mapped files
-            parameter.data = parameter.data.to(torch.float32, copy=True)
     if cls is BertTokenizer and len(loaded) <= len(loaded.all_special_tokens):
         raise InputError(error_message or f"{name}: has no tokenizer files, or an empty vocabulary")
     return loaded
 
 
-def is_cased(tokenizer):
-    """Return whether more than 1 % of the vocabulary's words in cased scripts have capitals.
+def load_config(folder):
+    """Return the BertConfig in a folder. Raises InputError unless it is that of a BERT encoder."""
+    path = os.path.join(folder, "config.json")
+    values = load_json_object(path)
+    for name, supported in (("model_type", "bert"), ("position_embedding_type", "absolute")):
+        if (found := values.get(name, supported)) != supported:
+            raise InputError(f'{folder}: its {name} is "{found}", but only "{supported}" is supported')
+    if values.get("is_decoder") or values.get("add_cross_attention"):
+        raise InputError(f"{folder}: a decoder (is_decoder or add_cross_attention), not an encoder")
+    config = BertConfig.from_pretrained(folder)
+    for name in "vocab_size hidden_size num_hidden_layers num_attention_heads type_vocab_size".split():
+        check_number(f"{path}: {name}", getattr(config, name), 1, integer=True)
+    return config
 
-    Folders are often wrong: bert-base-chinese says do_lower_case = false, yet knows http and not HTTP.
+
+def load_encoder(folder):
+    """Return the BertModel of a folder in float32. Raises InputError unless all its weights are there."""
+    config, paths = load_config(folder), weight_files(folder)
+    weights, _ = split_state_dict(read_state_dict(paths)[0], paths[0])
+    if new_pooler := not any(name.startswith("pooler.") for name in weights):
+        log("note", f"{folder} has no pooler; a new one is trained")
+    return build_encoder(config, weights, paths[0], new_pooler)
+
+
+def weight_files(folder):
+    """Return the paths of the weights in a folder. Raises InputError if there are none for PyTorch."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if os.path.exists(path := os.path.join(folder, name)):
+            return [path]
+        if os.path.exists(path := os.path.join(folder, f"{name}.index.json")):  # several files
+            weight_map = load_json_object(path).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+                raise InputError(f"{path}: not the index of weights in several files")
+            return [os.path.join(folder, name) for name in sorted(set(weight_map.values()))]
+    foreign = {"*.h5": "TensorFlow", "*.ckpt*": "TensorFlow", "*.msgpack": "Flax", "*.pdparams": "Paddle"}
+    for pattern, library in foreign.items():
+        if glob.glob(pattern, root_dir=folder):
+            raise InputError(f"{folder}: a {library} checkpoint; convert it to PyTorch (model.safetensors)")
+    raise InputError(f"{folder}: has no weights; copy model.safetensors or pytorch_model.bin into it")
+
+
+def read_state_dict(paths):
+    """Return (state dict, info) of one file or of several; info is what save_model put into a .pth."""
+    state_dict, info = {}, {}
+    for path in paths:
+        loaded = torch_load(path)
+        metadata = getattr(loaded, "_metadata", None)
+        info |= metadata.get("", {}) if isinstance(metadata, dict) else {}
+        for name in ("state_dict", "model_state_dict", "model"):
+            if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+                loaded = loaded[name]
+        if not isinstance(loaded, dict) or not any(map(torch.is_tensor, loaded.values())):
+            raise InputError(f"{path}: not a checkpoint of PyTorch (no weights by name)")
+        state_dict |= {str(key): tensor for key, tensor in loaded.items() if torch.is_tensor(tensor)}
+    return state_dict, info
+
+
+def split_state_dict(state_dict, path):
+    """Return (encoder, others): the weights by their names in a BertModel, and those around it.
+
+    Prefixes that training adds, such as module., are removed. Raises InputError if there is no BERT.
     """
-    words = [token.removeprefix("##") for token in tokenizer.get_vocab()]
-    words = [word for word in words if word.isalpha() and word.lower() != word.upper()]
-    return sum(word != word.lower() for word in words) > len(words) / 100
+    found = "embeddings.word_embeddings.weight"
+    prefix = min((key.removesuffix(found) for key in state_dict if key.endswith(found)), key=len, default="?")
+    if not re.fullmatch(known_prefixes, prefix):
+        reason = f"its weights are called {prefix}…" if prefix != "?" else f"it has no {found}"
+        raise InputError(
+            f"{path}: not the weights of a BERT: {reason}, but {', '.join(list(state_dict)[:3])}"
+        )
+    encoder, others, outer = {}, {}, prefix.removesuffix("bert.")
+    for key, tensor in state_dict.items():
+        name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", key))  # as in TensorFlow
+        is_encoder = name.startswith(tuple(prefix + part for part in ("embeddings.", "encoder.", "pooler.")))
+        if is_encoder and not name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
+            encoder[name.removeprefix(prefix)] = tensor
+        elif not is_encoder:
+            others[name.removeprefix(outer)] = tensor
+    return encoder, others
+
+
+def build_encoder(config, weights, path, new_pooler=False):
+    """Return a BertModel in float32 with these weights. Raises InputError unless each has its place."""
+    layers = {int(number) for key in weights for number in re.findall(r"^encoder\.layer\.(\d+)\.", key)}
+    if layers != set(range(config.num_hidden_layers)):
+        sizes = f"weights of {len(layers)} layers, but config.json says num_hidden_layers"
+        raise InputError(f"{path}: has {sizes} = {config.num_hidden_layers}; correct it")
+    with torch.device("meta"):  # shapes alone
+        expected = BertModel(config, add_pooling_layer=not new_pooler).state_dict()
+    wrong = [k for k in expected.keys() & weights if weights[k].shape != expected[k].shape]
+    wrong += [k for k in expected.keys() & weights if not weights[k].is_floating_point()]
+    for names, reason in (
+        (expected.keys() - weights, "missing"),
+        (weights.keys() - expected, "not those of a BERT"),
+        (wrong, "of another type or shape than config.json says"),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + ", …" * (len(names) > 3)
+            raise InputError(
+                f"{path}: does not fit its config.json: {len(names)} weights are {reason}: {some}"
+            )
+    return BertModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+def load_tokenizer(folder, config, fine_tuned=False):
+    """Return the tokenizer of a folder: a BertTokenizer, or the one that it names, or its tokenizer.json.
+
+    Raises InputError if it needs a package that is not installed, or does not fit the encoder.
+    """
+    paths = [os.path.join(folder, name) for name in ("tokenizer_config.json", "tokenizer.json")]
+    settings, described = (load_json_object(path) if os.path.exists(path) else {} for path in paths)
+    name = settings.get("tokenizer_class") or getattr(config, "tokenizer_class", None) or "BertTokenizer"
+    name = "BertJapaneseTokenizer" if "word_tokenizer_type" in settings else str(name)
+    is_bert, is_known = name.removesuffix("Fast") == "BertTokenizer", hasattr(transformers, name)
+    if not described and glob.glob("*.model", root_dir=folder) and not find_spec("sentencepiece"):
+        raise InputError(f"{folder}: its tokenizer needs a package; run: pip install sentencepiece protobuf")
+    if not described and not is_known:
+        reason = "is not one of transformers, and code of its own is not run"
+        raise InputError(f"{folder}: its tokenizer, {name}, {reason}")
+    try:
+        if is_bert and is_wordpiece(described):
+            tokenizer = BertTokenizer.from_pretrained(folder)
+            if not fine_tuned and (changes := choose_casing(tokenizer, settings)):
+                tokenizer = BertTokenizer.from_pretrained(folder, **changes)
+        elif is_known and not is_bert:
+            kind = {"tokenizer_type": "bert-japanese"} if "word_tokenizer_type" in settings else {}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kind)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        reason = f"its tokenizer, {name}, cannot be loaded ({short_message(error)})"
+        raise InputError(f"{folder}: {reason}") from None
+    check_vocabulary(tokenizer, folder, config.vocab_size)
+    return tokenizer
+
+
+def is_wordpiece(described):
+    """Return whether a tokenizer.json, {} if there is none, is what BertTokenizer makes of its vocabulary."""
+    kinds = {name: (described.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer")}
+    model = described.get("model") or {}
+    is_usual = kinds == {"normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
+    is_usual &= model.get("continuing_subword_prefix", "##") == "##"
+    return not described or is_usual and model.get("type", "WordPiece") == "WordPiece"
+
+
+def choose_casing(tokenizer, settings):
+    """Return {setting: value} where a BertTokenizer's vocabulary speaks against its do_lower_case.
+
+    Folders are often wrong: bert-base-chinese says do_lower_case = false, yet knows http and not HTTP. Where
+    lower-casing is switched on, accents are stripped only if no word of the vocabulary has any.
+    """
+    words = {token.removeprefix("##") for token in tokenizer.get_vocab()}
+    cased = [word for word in words if word.isalpha() and word.lower() != word.upper()]
+    has_capitals = sum(word != word.lower() for word in cased) > len(cased) / 100
+    accented = sum(word != strip_accents(word) for word in words if not word.isascii())
+    changes = {}
+    if cased and tokenizer.do_lower_case == has_capitals:
+        changes["do_lower_case"] = not has_capitals
+    lower, explicit = changes.get("do_lower_case", tokenizer.do_lower_case), settings.get("strip_accents")
+    if lower and explicit is None and accented > (0 if changes else len(words) / 1000):
+        changes["strip_accents"] = False
+    return changes
+
+
+def strip_accents(word):
+    """Return a word as BERT's normalizer does, which takes Hangul and voiced kana apart too."""
+    return "".join(c for c in unicodedata.normalize("NFD", word) if unicodedata.category(c) != "Mn")
+
+
+def check_vocabulary(tokenizer, folder, vocab_size):
+    """Raise InputError if a vocabulary has more ids than the encoder embeddings, or is of another kind."""
+    vocab = tokenizer.get_vocab()
+    last = max(vocab, key=vocab.get, default="")
+    if vocab and vocab[last] >= vocab_size:
+        starts_with_bom = any(token.startswith("\ufeff") for token in vocab)
+        cause = "vocab.txt starts with a byte order mark" if starts_with_bom else "tokens were added to it"
+        reason = f"{cause}: {last!r} has the id {vocab[last]}, but the encoder has {vocab_size} embeddings"
+        raise InputError(f"{folder}: the tokenizer does not fit; {reason}")
+    foreign = [token for token in vocab if re.match(r"[▁Ġ].|.+(@@|</w>)$", token)]
+    if isinstance(tokenizer, BertTokenizer) and len(foreign) > len(vocab) / 20:
+        reason = f"the pieces of its vocab.txt ({', '.join(foreign[:3])}) are not WordPiece"
+        raise InputError(f"{folder}: {reason}; copy the tokenizer.json of this encoder too")
 
 
 @contextmanager
 def offline():
-    """Let transformers load and save without the hub, which it would retry for minutes, and without bars."""
-    was_offline, had_bars = constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
-    constants.HF_HUB_OFFLINE = True
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
-        if had_bars:
-            transformers_logging.enable_progress_bar()
+    """Let transformers load and save without the hub, which it would retry for minutes, and in silence.
+
+    One thread at a time: the switches are those of the whole process.
+    """
+    with offline_lock:
+        before = constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
+        verbosity = transformers_logging.get_verbosity()
+        constants.HF_HUB_OFFLINE = True
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # its table of weights: ours is said in a sentence
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before[0]
+            transformers_logging.set_verbosity(verbosity)
+            if before[1]:
+                transformers_logging.enable_progress_bar()
 
 
 def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncation=(128, 0), history=None):
@@ -304,60 +491,77 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     model.bert.config has the tuned `thresholds` and `truncation`: [max_len, keep_tail].
     Raises InputError if a file is missing or broken, or does not fit the others.
     """
-    state_dict, weights_path = load_weights(model_path)
-    info = getattr(state_dict, "_metadata", {}).get("", {})
-    from_article = not weights_path.endswith(".safetensors") and "labels" not in info
-    encoder = pretrained_model if from_article else os.path.dirname(weights_path) or "."
+    weights, head, info, path = load_weights(model_path)
+    from_article = path == get_pth_path(model_path) and "labels" not in info
+    encoder = pretrained_model if from_article else os.path.dirname(path) or "."
     config = load_pretrained(BertConfig, encoder)
     tokenizer = load_pretrained(BertTokenizer, encoder, fine_tuned=True)
     if from_article:
         label2idx = load_label2idx(label2idx_path)
         config.thresholds, config.truncation = {}, [128, 0]  # as the article does
     else:
-        label2idx = {label: idx for idx, label in config.id2label.items()}
-        longest = min(tokenizer.model_max_length, config.max_position_embeddings)
-        config.thresholds = getattr(config, "thresholds", {})
-        config.truncation = getattr(config, "truncation", [longest, 0])
-        if config.problem_type not in (None, "multi_label_classification"):
-            raise InputError(f"{encoder}: its problem_type is {config.problem_type!r}, not multi-label")
-    if "labels" in info and any(info[key] != value for key, value in model_info(config).items()):
-        raise InputError(f"{weights_path}: of another run than the config.json beside it; train again")
+        label2idx = complete_config(config, encoder, len(head["bias"]), tokenizer.model_max_length)
+    if "labels" in info and any(info.get(key) != value for key, value in model_info(config).items()):
+        raise InputError(f"{path}: of another run than the config.json beside it; train again")
     if isinstance(by_label := config.thresholds.get("by_label"), list):  # as written before they had names
-        config.thresholds["by_label"] = dict(zip(label2idx, by_label, strict=True))
-    if (num_labels := len(state_dict["fc.bias"])) != len(label2idx):
+        config.thresholds["by_label"] = dict(zip(label2idx, by_label))
+    if (num_labels := len(head["bias"])) != len(label2idx):
         source = label2idx_path if from_article else encoder
-        raise InputError(f"{weights_path}: has {num_labels} labels, but {source} lists {len(label2idx)}")
-    weights = {k.removeprefix("bert."): tensor for k, tensor in state_dict.items() if k.startswith("bert.")}
-    try:
-        with offline():  # with a state dict, from_pretrained initialises no random weights
-            bert = BertModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-        model = BertMultiLabelCls(None, num_labels, bert=bert)
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise InputError(f"{weights_path}: does not fit its encoder ({short_message(error)})") from None
+        raise InputError(f"{path}: has {num_labels} labels, but {source} lists {len(label2idx)}")
+    if head["weight"].shape != (num_labels, config.hidden_size):
+        sizes = f"{tuple(head['weight'].shape)}, not {(num_labels, config.hidden_size)}"
+        raise InputError(f"{path}: does not fit {encoder}: the classifier's weight is {sizes}")
+    with offline():  # with a state dict, from_pretrained initialises no random weights
+        model = BertMultiLabelCls(None, num_labels, bert=build_encoder(config, weights, path))
+    model.fc.load_state_dict(head)
     return model.eval(), tokenizer, label2idx
 
 
+def complete_config(config, folder, num_labels, model_max_length):
+    """Add to the config of a trained folder what only ours have; return its {label: column}."""
+    values = load_json_object(os.path.join(folder, "config.json"))
+    if "id2label" not in values:
+        config.id2label = {idx: f"LABEL_{idx}" for idx in range(num_labels)}
+        log("note", f"{folder}: its config.json has no id2label; the labels are called LABEL_0, LABEL_1, …")
+    if set(config.id2label) != set(range(len(config.id2label))):
+        raise InputError(f"{folder}: its id2label does not number the labels 0, 1, 2, …")
+    if config.problem_type not in (None, "multi_label_classification"):
+        raise InputError(f"{folder}: its problem_type is {config.problem_type!r}, not multi-label")
+    if config.problem_type is None:
+        reason = "each is a sigmoid of its own, even if the model was trained with a softmax"
+        log("note", f"{folder}: its config.json has no problem_type; of the probabilities {reason}")
+    longest = min(model_max_length, config.max_position_embeddings)
+    config.thresholds = getattr(config, "thresholds", {})
+    config.truncation = getattr(config, "truncation", [longest, 0])
+    if not isinstance(config.thresholds, dict) or not isinstance(config.truncation, list):
+        raise InputError(f"{folder}: thresholds or truncation in its config.json are not those of a run")
+    return {config.id2label[idx]: idx for idx in range(len(config.id2label))}
+
+
 def load_weights(model_path):
-    """Return (state dict with keys bert.* and fc.*, path of its file) of a .pth or a folder."""
-    if os.path.isdir(pending := sibling_path(get_pth_path(model_path), "finished.tmp")):
+    """Return (weights of the BertModel, those of the classifier, info, path of the file) of a trained model.
+
+    info: what save_model put into the metadata of a .pth.
+    """
+    pth_path = get_pth_path(model_path)
+    if os.path.isdir(pending := sibling_path(pth_path, "finished.tmp")):
         raise InputError(f"{pending}: a save was interrupted; run python train.py again to complete it")
-    path = os.path.join(model_path, "model.safetensors")
-    path = path if os.path.exists(path) else get_pth_path(model_path)
-    if not os.path.exists(path):
+    names = ("config.json", "model.safetensors", "pytorch_model.bin")
+    if not any(map(os.path.exists, (pth_path, *(os.path.join(model_path, name) for name in names)))):
         remedy = f"run: python train.py; paths start from {os.getcwd()}"
-        raise InputError(f"{path}: there is no trained model yet; {remedy}")
-    state_dict = torch_load(path)
-    if path.endswith(".safetensors"):
-        state_dict = {key.replace("classifier.", "fc.", 1): tensor for key, tensor in state_dict.items()}
-    tensors = state_dict if isinstance(state_dict, dict) else {}
-    if not all(torch.is_tensor(tensors.get(key)) for key in ("fc.weight", "fc.bias")):
-        raise InputError(f"{path}: not a checkpoint of this project (it has no fc.weight and fc.bias)")
-    state_dict.pop("bert.embeddings.position_ids", None)  # written by transformers before 4.31
-    for old in [key for key in state_dict if key.endswith(("LayerNorm.gamma", "LayerNorm.beta"))]:
-        new = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        state_dict[new] = state_dict.pop(old)  # as TensorFlow and transformers 5.0 call them
-    return state_dict, path
+        raise InputError(f"{pth_path}: there is no trained model yet; {remedy}")
+    in_folder = os.path.exists(os.path.join(model_path, "model.safetensors")) or not os.path.exists(pth_path)
+    path, *others = weight_files(model_path) if in_folder else [pth_path]
+    state_dict, info = read_state_dict([path, *others])
+    weights, others = split_state_dict(state_dict, path)
+    layer = next((name for name in ("fc", "classifier") if f"{name}.weight" in others), "fc")
+    head = {part: others.pop(f"{layer}.{part}", None) for part in ("weight", "bias")}
+    if any(tensor is None or not tensor.is_floating_point() or not tensor.ndim for tensor in head.values()):
+        found = f", but {', '.join(list(others)[:3])}" * bool(others)
+        raise InputError(f"{path}: has no classifier, called fc or classifier{found}")
+    if others:
+        log("note", f"{path}: passed over: {', '.join(list(others)[:5])}{', …' * (len(others) > 5)}")
+    return weights, head, info, path
 
 
 def torch_load(path):
@@ -368,7 +572,8 @@ def torch_load(path):
                 return safetensors.torch.load(file.read())
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or hostile file raises anything
-        raise InputError(f"{path}: not a checkpoint of this project ({short_message(error)})") from None
+        reason = f"{short_message(error)}; incomplete, or a Git LFS pointer?"
+        raise InputError(f"{path}: not a checkpoint of PyTorch ({reason})") from None
 
 
 def check_truncation(max_len, keep_tail, config=None):

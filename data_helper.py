@@ -101,7 +101,7 @@ class MultiClsDataSet(Dataset):
         longest, multiple = int(self.lengths.max()), self.pad_to_multiple_of
         if isinstance(item, list):
             longest = min(-int(-self.lengths[item].max() // multiple) * multiple, self.max_len)
-        pad_token_id = self.tokenizer.pad_token_id
+        pad_token_id = self.tokenizer.pad_token_id or 0  # None: masked all the same
         tensors = pad_batch(self.ids, self.offsets[item], self.lengths[item], longest, pad_token_id)
         return *tensors, self.targets[item].float()
 
@@ -114,21 +114,33 @@ def tokenize(tokenizer, texts, max_len, keep_tail=0):
     """
     check_truncation(max_len, keep_tail)
     ids, lengths, num_truncated = array("i"), array("q"), 0
-    backend = tokenizer.backend_tokenizer  # the tokenizer itself would convert everything to lists
-    backend.no_truncation()
-    backend.no_padding()
+    encode_batch, num_last = batch_encoder(tokenizer)
     head, tail = max_len * max_chars_per_token, keep_tail * max_chars_per_token
     texts = (text if len(text) <= head + tail else text[:head] + text[len(text) - tail :] for text in texts)
     while chunk := next_chunk(texts):
-        for encoding in backend.encode_batch_fast(chunk):
-            kept = encoding.ids
+        for kept in encode_batch(chunk):
             if len(kept) > max_len:
-                kept = kept[: max_len - keep_tail - 1] + kept[-keep_tail - 1 :]
+                kept = kept[: max_len - keep_tail - num_last] + kept[len(kept) - keep_tail - num_last :]
                 num_truncated += 1
             ids.extend(kept)
             lengths.append(len(kept))
     ids, lengths = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
     return ids, lengths, num_truncated
+
+
+def batch_encoder(tokenizer):
+    """Return (a function from texts to their ids, how many special tokens it puts last, such as [SEP])."""
+    options = {"truncation": False, "padding": False, "verbose": False}
+    mask = tokenizer("a", return_special_tokens_mask=True, **options).special_tokens_mask
+    num_last = mask[::-1].index(0) if 0 in mask else 1
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python, such as MeCab's
+        return lambda texts: tokenizer(texts, **options).input_ids, num_last
+    if backend.truncation or backend.padding:  # only then: other threads may be using it
+        backend.no_truncation()
+        backend.no_padding()
+    # The tokenizer itself would convert everything to lists.
+    return lambda texts: (encoding.ids for encoding in backend.encode_batch_fast(texts)), num_last
 
 
 def next_chunk(texts):

@@ -257,7 +257,8 @@ def report(checkpoint, num_epochs, dtype):
 
 def note_unknown_tokens(dataset):
     """Say so if the encoder does not know more than 3 % of the tokens: it is of another language."""
-    unknown = (dataset.ids == dataset.tokenizer.unk_token_id).float().mean().item()
+    unknown_id = dataset.tokenizer.unk_token_id
+    unknown = (dataset.ids == (-1 if unknown_id is None else unknown_id)).float().mean().item()
     if unknown > 0.03:
         log("note", f"{unknown:.1%} of the tokens are unknown to this encoder; is it of another language?")
 

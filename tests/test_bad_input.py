@@ -151,7 +151,7 @@ CASES = {  # what is wrong: (script, change, constants, parts of the message)
         TRAIN,
         lambda: os.truncate("encoder/model.safetensors", 900),
         {},
-        ["./encoder: cannot be loaded"],
+        ["./encoder/model.safetensors: not a checkpoint", "incomplete"],
     ),
     "max_len": (TRAIN, None, dict(max_len="128"), ["max_len = '128': must be an integer"]),
     "positions": (TRAIN, None, dict(max_len=129), ["max_len = 129: this encoder takes at most 128 tokens"]),
@@ -190,7 +190,7 @@ CASES = {  # what is wrong: (script, change, constants, parts of the message)
         PREDICT,
         model_file({"a": torch.ones(1)}),
         {},
-        ["it has no fc.weight and fc.bias"],
+        ["not the weights of a BERT: it has no embeddings"],
     ),
     "hostile": (
         PREDICT,
