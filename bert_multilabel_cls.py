@@ -13,6 +13,7 @@ import copy
 import ctypes
 import glob
 import inspect
+import math
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from data_preprocess import InputError, check_number, dump_jsonl, fsync_file, load_json_object
-from data_preprocess import load_label2idx, log, short_message, sibling_path, write_error
+from data_preprocess import load_label2idx, log, move_file, short_message, sibling_path, write_error
 
 default_model = "bert-base-chinese"  # do not change: the one that a small BERT replaces if it is missing
 pretrained_model = default_model  # any BERT: a Hugging Face id, or a local folder
@@ -42,7 +43,14 @@ hub_timeout = 8  # seconds after which the hub counts as unreachable
 known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
 offline_lock = threading.RLock()
 tokenizer_files = "*token*.json vocab.* *.model merges.txt bpe.codes".split()
-run_files = "*.safetensors metrics.json history.jsonl errors.jsonl config.json".split() + tokenizer_files
+run_files = [
+    "*.safetensors",
+    *tokenizer_files,
+    "metrics.json",
+    "history.jsonl",
+    "errors.jsonl",
+    "config.json",
+]
 
 
 class BertMultiLabelCls(nn.Module):
@@ -102,6 +110,7 @@ def find_encoder(name):
 
     Searched in this order: a folder of that name, the local cache without a network call, the hub.
     """
+    name = os.fspath(name)
     if os.path.isdir(name):
         return name, ""
     with suppress(OSError, ValueError):  # not cached; ValueError: not a valid id, such as ./model/none
@@ -257,7 +266,7 @@ def split_state_dict(state_dict, path):
 def build_encoder(config, weights, path, new_pooler=False):
     """Return a BertModel in float32 with these weights. Raises InputError unless each has its place."""
     layers = {int(number) for key in weights for number in re.findall(r"^encoder\.layer\.(\d+)\.", key)}
-    if layers != set(range(config.num_hidden_layers)):
+    if len(layers) != config.num_hidden_layers or max(layers, default=0) >= config.num_hidden_layers:
         sizes = f"weights of {len(layers)} layers, but config.json says num_hidden_layers"
         raise InputError(f"{path}: has {sizes} = {config.num_hidden_layers}; correct it")
     with torch.device("meta"):  # shapes alone
@@ -449,12 +458,15 @@ def complete_save(folder, pth_name=None):
     if os.path.isdir(finished) and os.path.isdir(previous):
         keep_previous(folder, pth_name)
     shutil.rmtree(previous, ignore_errors=True)  # of a save that was not finished: empty
-    if os.path.exists(os.path.join(finished, "config.json")):
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, "config.json"))
+    old_config = os.path.join(folder, "config.json")
+    if os.path.exists(os.path.join(finished, "config.json")) and os.path.exists(old_config):
+        for pattern in tokenizer_files if pth_name else ():  # of an earlier run with another tokenizer
+            for name in set(glob.glob(pattern, root_dir=folder)).difference(os.listdir(finished)):
+                os.remove(os.path.join(folder, name))
+        os.remove(os.path.realpath(old_config))  # nothing has been moved before
     if os.path.isdir(finished):
         for name in sorted(os.listdir(finished), key="config.json".__eq__):
-            os.replace(os.path.join(finished, name), os.path.join(folder, name))
+            move_file(os.path.join(finished, name), os.path.join(folder, name))
         os.rmdir(finished)
 
 
@@ -465,8 +477,8 @@ def keep_previous(folder, pth_name):
     curves = [os.path.join("runs", glob.escape(run_name))] if run_name else []
     for pattern in (*curves, glob.escape(pth_name), *run_files):
         for name in glob.glob(pattern, root_dir=folder):
-            os.makedirs(os.path.dirname(os.path.join(previous, name)), exist_ok=True)
-            os.replace(os.path.join(folder, name), os.path.join(previous, name))
+            if os.path.exists(os.path.join(folder, name)):  # else a link whose file has been moved
+                move_file(os.path.join(folder, name), os.path.join(previous, name))
     shutil.rmtree(os.path.join(folder, "previous"), ignore_errors=True)
     os.rename(previous, os.path.join(folder, "previous"))
 
@@ -479,6 +491,7 @@ def model_info(config):
 
 def get_pth_path(model_path):
     """Return the path of the .pth: model_path may name it, or its folder."""
+    model_path = os.fspath(model_path)
     is_file = os.path.isfile(model_path) or model_path.endswith((".pth", ".pt", ".bin"))
     return model_path if is_file else os.path.join(model_path, "multi_label_cls.pth")
 
@@ -616,6 +629,32 @@ def cpu_has_bf16():
 def autocast(device, dtype):
     """Return the autocast context for a dtype of choose_dtype."""
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not torch.float32)
+
+
+def limit_threads():
+    """Let PyTorch use no more threads than the CPUs that a container allows; it counts the machine's."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(allowed_cpus()))))
+
+
+def allowed_cpus(cgroups="/sys/fs/cgroup", own_cgroup="/proc/self/cgroup"):
+    """Return how many CPUs this process may keep busy, by the quotas of its control groups; inf without."""
+
+    def read(path):
+        """Return the content of a file, "" if there is none."""
+        with suppress(OSError), open(path, encoding="utf-8") as file:
+            return file.read().strip()
+        return ""
+
+    groups = {"", *(line.split(":", 2)[2] for line in read(own_cgroup).splitlines() if line.count(":") > 1)}
+    groups |= {group[: match.start()] for group in groups for match in re.finditer("/", group)}
+    quotas = []
+    for group in groups:
+        quotas.append(read(f"{cgroups}{group}/cpu.max"))  # version 2: "200000 100000" is 2 CPUs
+        first = f"{cgroups}/cpu{group}/cpu.cfs_"
+        quotas.append(f"{read(first + 'quota_us')} {read(first + 'period_us')}")
+    quotas = [quota.split() for quota in quotas if re.fullmatch(r"[1-9]\d* [1-9]\d*", quota)]
+    return min((int(quota) / int(period) for quota, period in quotas), default=math.inf)
 
 
 def wrap_model(model, compile_model, world_size):

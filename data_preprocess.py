@@ -11,10 +11,14 @@ Besides tqdm this file needs the standard library only. The other scripts take f
 atomic write, the log line, and how a script ends on an error or a signal.
 """
 
+import bz2
+import codecs
 import csv
 import errno
+import gzip
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
@@ -26,9 +30,12 @@ import textwrap
 import threading
 import time
 import unicodedata
+import zipfile
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
-from itertools import chain, combinations, product
+from numbers import Integral, Real
+from itertools import chain, combinations, islice, product
 
 from tqdm import tqdm
 
@@ -264,7 +271,7 @@ def read_table(table_path, bar=True):
     """
     lines = (decode_utf8(location, line) for location, line in read_lines(table_path, True, bar))
     first_line = next(lines, "")
-    tabs = table_path.lower().endswith(".tsv")
+    tabs = os.fspath(table_path).lower().endswith(".tsv")
     delimiter = "\t" if tabs else max(",;\t", key=first_line.count)  # Excel writes ; in much of Europe
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
@@ -396,13 +403,103 @@ def read_lines(data_path, keep_blank=False, bar=True):
                 yield f"{data_path}:{number}", line
 
 
-unreadable_formats = {  # by the first bytes
-    b"PK\x03\x04": "an .xlsx or .zip file; save it in Excel as CSV UTF-8, or unpack it",
-    b"\xd0\xcf\x11\xe0": "an .xls file; save it in Excel as CSV UTF-8",
-    b"\x1f\x8b": "compressed with gzip; unpack it: gunzip FILE",
+foreign_formats = {  # by the first bytes
+    b"\xff\xfe\0\0": "UTF-32, not UTF-8; to convert: iconv -f UTF-32 -t UTF-8 OLD > NEW",
     b"\xff\xfe": "UTF-16, not UTF-8; save it in Excel as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+    b"\xfe\xff": "UTF-16, not UTF-8; to convert: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+    b"\x1f\x8b": "compressed with gzip; unpack it: gzip -dc < OLD > NEW",
+    b"BZh": "compressed with bzip2; unpack it: bzip2 -dc < OLD > NEW",
+    b"\xfd7zXZ": "compressed with xz; unpack it: xz -dc < OLD > NEW",
+    b"(\xb5/\xfd": "compressed with zstd; unpack it: zstd -dc < OLD > NEW",
+    b"7z\xbc\xaf": "a .7z archive; unpack it",
+    b"Rar!\x1a": "a .rar archive; unpack it",
+    b"\xd0\xcf\x11\xe0": "an .xls or .doc file; save it in Excel as CSV UTF-8",
     b"PAR1": "a Parquet file; save it as CSV or JSONL",
+    b"%PDF": "a PDF file; save its text as plain text in UTF-8",
+    b"SQLite format 3": "an SQLite database; export the table as CSV",
 }
+
+
+def is_utf8(head):
+    """Return whether the start of a file may be that of one in UTF-8."""
+    with suppress(UnicodeDecodeError):
+        return codecs.getincrementaldecoder("utf-8")().decode(head) is not None and b"\0" not in head
+    return False
+
+
+def foreign_format(data_path, head):
+    """Return what a file is that starts with the bytes `head`, and the remedy, or "" if it may be text.
+
+    What is advised has been tried: on a damaged file the advice would fail.
+    """
+    if head.startswith(b"PK\x03\x04"):
+        with suppress(zipfile.BadZipFile):
+            names = zipfile.ZipFile(data_path).namelist()
+            if "xl/workbook.xml" in names:
+                return "an .xlsx file; save it in Excel as CSV UTF-8"
+            return f"a .zip file with {', '.join(names[:2])}; unpack it"
+        return "a damaged .zip or .xlsx file; copy or download it again"
+    for start, remedy in foreign_formats.items() if not is_utf8(head) else ():
+        if head.startswith(start):
+            tried = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}.get(start, open_file)
+            encoding = re.match("UTF-(16|32)", remedy)
+            try:
+                with tried(data_path) as file:
+                    content = file.read(2**28)
+                if encoding and len(content) < 2**28:
+                    content.decode(encoding[0])
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
+                return f"{re.split('[,;]', remedy)[0]}, and damaged; copy or download it again"
+            return remedy
+    if b"\0" not in head:
+        return ""
+    encoding = "UTF-16LE" if head[1::2].count(0) > head[::2].count(0) else "UTF-16BE"  # without an order mark
+    with suppress(UnicodeDecodeError):
+        if "\0" not in head[: len(head) // 2 * 2].decode(encoding) and head.count(0) > len(head) / 9:
+            return f"UTF-16, not UTF-8; to convert: iconv -f {encoding} -t UTF-8 OLD > NEW"
+    return "a binary file, not text: it has bytes of 0"
+
+
+# (for Python and iconv, its name, first bytes of the frequent characters in its language: level 1 of GB 2312
+# and of Big5, kana and level 1 of JIS, Hangul, letters)
+legacy_encodings = (
+    ("gb18030", "GBK", {*range(0xB0, 0xD8), 0xA1, 0xA3}),
+    ("big5", "Big5", {*range(0xA4, 0xC7), 0xA1}),
+    ("cp932", "Shift JIS", {*range(0x81, 0x84), *range(0x88, 0x98)}),
+    ("euc-jp", "EUC-JP", {0xA1, 0xA4, 0xA5, *range(0xB0, 0xD0)}),
+    ("cp949", "EUC-KR", {*range(0xB0, 0xC9)}),
+    ("cp1251", "Windows-1251", {*range(0xC0, 0x100)}),
+    ("cp1252", "Windows-1252 (Latin-1)", {*range(0xC0, 0x100)}),
+)
+
+
+def guess_encoding(data_path):
+    """Return why a text file is not UTF-8, and a remedy that has been tried on it (on 256 MiB at most)."""
+    with open_file(data_path) as file:
+        data = file.read(2**28)
+    lines = (line for line in data.splitlines(keepends=True) if not line.isascii())
+    sample = b"".join(islice(lines, 10_000))[: 2**20]
+    text = sample.decode("utf-8", "replace")
+    damaged, runs = text.count("\ufffd"), re.findall(rb"[\x80-\xff]+", sample)
+    if 9 * damaged < sum(c > "\x7f" for c in text):
+        return f"damaged in {damaged} places; to drop these: iconv -c -f UTF-8 -t UTF-8 OLD > NEW"
+    single = sum(map(len, runs)) < 1.5 * len(runs)  # letters among those of ASCII
+    shares = []
+    for encoding, name, first_bytes in legacy_encodings:
+        counts = Counter(c for c in sample.decode(encoding, "ignore") if c > "\x7f")
+        hits = sum(n for c, n in counts.items() if c.encode(encoding)[0] in first_bytes)
+        share = hits / max(1, sum(counts.values())) * (single == (encoding == "cp1252"))
+        # The same bytes write frequent characters of Chinese and of Korean.
+        shares.append((share + (encoding == "cp949" and hits > 20) / 20, encoding, name))
+    for share, encoding, name in sorted(shares, key=lambda row: -row[0]):
+        with suppress(UnicodeDecodeError):
+            if share > 0.6 and (decoded := data.decode(encoding)):
+                start = next(i for i, c in enumerate(decoded) if c > "\x7f")
+                reads = f"as which it reads {decoded[start : start + 9]!r}"
+                command = f"iconv -f {encoding.upper()} -t UTF-8 OLD > NEW"
+                remedy = f"to convert: {command}; or in Excel save as CSV UTF-8"
+                return f"not UTF-8, probably {name}, {reads}; {remedy}"
+    return "not UTF-8, nor any other one encoding: damaged, or joined from several files; save it as UTF-8"
 
 
 def file_format(data_path):
@@ -412,15 +509,14 @@ def file_format(data_path):
     """
     with open_file(data_path) as file:
         head = file.read(2**16).removeprefix(b"\xef\xbb\xbf")
-    for start, remedy in unreadable_formats.items():
-        if head.startswith(start):
-            raise InputError(f"{data_path}: {remedy}")
+    if reason := foreign_format(data_path, head):
+        raise InputError(f"{data_path}: {reason}")
     first_line = head.strip().partition(b"\n")[0].strip()
     if re.match(rb"\[\s*([{\"\[]|$)", first_line):
         raise InputError(f"{data_path}: a JSON array; write one object a line instead, without [ ] around")
     if first_line.startswith(b"{"):
         return "jsonl"
-    name = data_path.lower()
+    name = os.fspath(data_path).lower()
     cells = [cell.strip('" ') for cell in re.split("[,;\t]", first_line.decode("utf-8", "replace"))]
     if name.endswith((".csv", ".tsv")) or len(cells) > 1 and text_column in cells:
         return "table"
@@ -451,8 +547,7 @@ def decode_utf8(location, line):
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError:
-        remedy = "probably GBK; to convert: iconv -f GBK -t UTF-8 OLD > NEW; or in Excel save as CSV UTF-8"
-        raise InputError(f"{location}: not UTF-8, {remedy}") from None
+        raise InputError(f"{location}: {guess_encoding(location.rpartition(':')[0])}") from None
 
 
 def load_label2idx(label2idx_path):
@@ -479,10 +574,15 @@ def label_names(label2idx):
 def load_json(data_path):
     """Return the content of a JSON file. Raises InputError if it is missing or not JSON in UTF-8."""
     with open_file(data_path) as file:
-        try:
-            return json.loads(file.read().decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{data_path}: not a JSON file in UTF-8 ({error})") from None
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        reason = foreign_format(data_path, content[: 2**16]) or guess_encoding(data_path)
+        raise InputError(f"{data_path}: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        reason = foreign_format(data_path, content[: 2**16]) or f"not a JSON file ({error})"
+        raise InputError(f"{data_path}: {reason}") from None
 
 
 def load_json_object(data_path):
@@ -512,17 +612,36 @@ def atomic_write(out_path):
     A reader, or a process killed at any time, sees the old file or the new one.
     Raises InputError if the file cannot be written.
     """
-    folder, temporary = os.path.dirname(out_path) or ".", f"{out_path}.tmp"
+    target = os.path.realpath(out_path)  # a symbolic link stays one
+    temporary = f"{target}.tmp"
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         yield temporary
         fsync_file(temporary)
-        os.replace(temporary, out_path)
+        os.replace(temporary, target)
     except OSError as error:
         raise InputError(write_error(out_path, error)) from None
     finally:
         with suppress(OSError):
             os.remove(temporary)
+
+
+def move_file(source, target):
+    """Replace the file or folder `target` by `source`; symbolic links stay, also to other disks."""
+    source, target = os.path.realpath(source), os.path.realpath(target)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        if os.path.isdir(source):  # on another disk
+            shutil.copytree(source, target, dirs_exist_ok=True)
+            return shutil.rmtree(source)
+        shutil.copy2(source, f"{target}.tmp")
+        fsync_file(f"{target}.tmp")
+        os.replace(f"{target}.tmp", target)
+        os.remove(source)
 
 
 def fsync_file(path):
@@ -579,15 +698,28 @@ class InputError(ValueError):
 
 def check_number(name, value, minimum, maximum=None, integer=False):
     """Raise InputError unless the constant `name` is a number, or an integer, from minimum to maximum."""
-    is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
     if not is_number or not minimum <= value <= (value if maximum is None else maximum):
         limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise InputError(f"{name} = {value!r}: must be {'an integer' if integer else 'a number'}, {limits}")
 
 
 def short_message(error):
-    """Return the first line of an exception's message without its full stop, or the exception's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """Return the first sentence of an exception's message, or the exception's name."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.split(r"(?<=[^.])\. (?=[A-Z])", first_line)[0].rstrip(".")
+
+
+def plain_constants(values):
+    """Make each path in a script's globals() a str, and each number of numpy one of Python.
+
+    They are compared and stored: a checkpoint with a path or a number of numpy would not load.
+    """
+    for name, value in list(values.items()):
+        if isinstance(value, os.PathLike):
+            values[name] = os.fspath(value)
+        elif hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+            values[name] = value.item()
 
 
 def run_script(main, takes_texts=False):
@@ -597,9 +729,13 @@ def run_script(main, takes_texts=False):
     have arguments besides --help.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # where a console or pipe cannot show Chinese
-    for number in termination_signals():
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if hasattr(stream, "reconfigure"):  # not in Jupyter, in IDLE, or without a console
+            stream.reconfigure(errors="backslashreplace")  # where a console or pipe cannot show Chinese
+    handlers = {}
+    with suppress(ValueError):  # Python allows handlers in the main thread alone
+        for number in (*termination_signals(), signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                handlers[number] = signal.signal(number, end_script)
     try:
         options = [argument for argument in sys.argv[1:] if argument.startswith("-") or not takes_texts]
         if {"-h", "--help"} & set(options):
@@ -616,9 +752,28 @@ def run_script(main, takes_texts=False):
         if not isinstance(error, InputError):
             raise
         message = f"error: {error}"
-        sys.exit("\n".join(wrap(message, get_columns())) if sys.stderr.isatty() else message)
+        in_terminal = sys.stderr is not None and sys.stderr.isatty()
+        sys.exit("\n".join(wrap(message, get_columns())) if in_terminal else message)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    finally:
+        ends = (
+            main.__module__ == "__main__" and not is_interactive()
+        )  # then nothing interrupts its last steps
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_IGN if ends else handler)
+
+
+def end_script(number, _):
+    """End the script at a signal; what follows is not interrupted."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def is_interactive():
+    """Return whether Python goes on after a script, as in Jupyter, in IDLE, or with python -i."""
+    shells = {"ipykernel", "IPython", "idlelib"} & sys.modules.keys()
+    return bool(shells) or hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def print_help():
@@ -644,6 +799,7 @@ def handle_signals():
     def handler(number, _):
         """Note the signal."""
         if number == signal.SIGINT and number in signals and get_world_size() == 1:  # torchrun sends it twice
+            signal.signal(number, signal.SIG_IGN)
             raise KeyboardInterrupt
         signals.append(number)
 
@@ -657,8 +813,13 @@ def handle_signals():
 
 
 def get_world_size():
-    """Return the number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return the number of processes that torchrun started; 1 without it.
+
+    A cluster may set some of torchrun's variables, or empty ones, for purposes of its own.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    numbers = [os.environ.get(name, "") for name in names]
+    return int(numbers[0]) if all(map(str.isdecimal, numbers)) else 1
 
 
 def is_main_process():
@@ -723,6 +884,7 @@ def log_label_metrics(by_label, where):
 
 def main():
     """Preprocess with the constants above."""
+    plain_constants(globals())
     paths = (train_data_path, dev_data_path, test_data_path)
     if table_path:
         split_table(table_path, paths)

@@ -15,17 +15,20 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from numbers import Real
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data_preprocess
-from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, load_model, predict_probs
+from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, limit_threads, load_model
+from bert_multilabel_cls import predict_probs
 from data_helper import MultiClsDataSet, all_gather_object, all_reduce, confusion_counts, eval_dataloader
 from data_helper import init_distributed, metrics_from_counts, per_label_metrics, restore_order
 from data_preprocess import InputError, atomic_write, check_labels, check_number, check_surrogates, check_text
@@ -42,6 +45,7 @@ from data_preprocess import (
     log_label_metrics,
     log_metrics,
     parse_json_line,
+    plain_constants,
     read_lines,
     read_table,
     run_script,
@@ -67,6 +71,9 @@ max_labels = None  # at most so many; None for no limit
 all_probabilities = False  # True: a file gets the probabilities of all labels, not only of the chosen ones
 
 texts = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今日沪深两市指数整体呈现震荡调整格局"]
+
+
+load_lock = threading.Lock()
 
 
 def predict(texts):
@@ -111,6 +118,7 @@ def predict_file():
     Raises InputError naming file and line for an invalid input, before anything is computed.
     """
     rank, world_size = init_distributed(device)
+    plain_constants(globals())
     check_paths()
     model, tokenizer, label2idx = get_model()
     check_numbers(model.bert.config)
@@ -192,7 +200,7 @@ def get_thresholds(config, names):
     if unknown := sorted(chosen.keys() - set(names)):
         raise InputError(f"threshold = {threshold!r:.60}: the model has no label {unknown[0]!r}")
     for value in chosen.values():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not isinstance(value, Real) or not 0 <= value <= 1:
             kinds = 'a number from 0 to 1, "tuned", or {"label": number, ...}'
             raise InputError(f"threshold = {threshold!r:.60}: must be {kinds}")
     return np.array([chosen.get(name, 0.5) for name in names], dtype=np.float32)
@@ -200,15 +208,18 @@ def get_thresholds(config, names):
 
 def get_model():
     """Return (model on `device`, tokenizer, label2idx); loaded once, and again after a training."""
+    plain_constants(globals())
     pth_path, dtype = get_pth_path(save_model_path), choose_dtype(precision, device)
     paths = filter(os.path.exists, (pth_path, sibling_path(pth_path, "config.json")))
     mtimes = tuple(os.stat(path).st_mtime_ns for path in paths)
-    return load_once(save_model_path, label2idx_path, device, dtype, mtimes)
+    with load_lock:  # of many threads, one loads it and the others wait
+        return load_once(save_model_path, label2idx_path, device, dtype, mtimes)
 
 
 @functools.lru_cache(maxsize=1)
 def load_once(model_path, label2idx_path, device, dtype, mtimes):
     """Return what get_model does; mtimes tell one model from the next."""
+    limit_threads()
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
     model.bert.to(dtype)
     return model.to(device), tokenizer, label2idx
@@ -246,7 +257,7 @@ def check_paths():
     if os.path.isdir(output_path) or not os.path.basename(output_path):
         raise InputError(f"output_path = {output_path!r}: is a folder; name a file in it")
     check_writable(output_path)
-    for path in (output_path, f"{output_path}.tmp"):  # the second is written first
+    for path in (output_path, f"{os.path.realpath(output_path)}.tmp"):  # the second is written first
         if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):
             raise InputError(f"output_path = {output_path!r}: would replace the input; set another one")
 

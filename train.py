@@ -31,7 +31,15 @@ from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedu
 import bert_multilabel_cls
 import data_helper
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
-from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, load_model, load_pretrained, oom_hint
+from bert_multilabel_cls import (
+    find_encoder,
+    get_pth_path,
+    init_bias,
+    limit_threads,
+    load_model,
+    load_pretrained,
+    oom_hint,
+)
 from bert_multilabel_cls import parameter_groups, predict_probs, save_model, torch_load, wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
 from data_helper import compute_metrics, eval_dataloader, init_distributed, metrics_report, misclassified
@@ -46,7 +54,15 @@ from data_preprocess import (
     is_main_process,
 )
 from data_preprocess import label_names, load_json_object, load_label2idx, log, log_label_metrics, log_metrics
-from data_preprocess import read_examples, run_script, scan_examples, short_message, shorten, sibling_path
+from data_preprocess import (
+    plain_constants,
+    read_examples,
+    run_script,
+    scan_examples,
+    short_message,
+    shorten,
+    sibling_path,
+)
 
 # Files. The encoder is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -96,7 +112,9 @@ def train():
 
     Raises InputError for what the user can fix in files and constants, SystemExit after SIGTERM or Ctrl-C.
     """
+    plain_constants(globals())
     check_constants()
+    limit_threads()
     rank, world_size = init_distributed(device)
     dtype = choose_dtype(precision, device)
     label2idx = load_label2idx(label2idx_path)
@@ -357,7 +375,7 @@ def run_config(dtype, world_size):
 def constants():
     """Return {name: value} of the constants that a run depends on."""
     values = {k: v for k, v in globals().items() if isinstance(v, (int, float, str)) and k[0] != "_"}
-    values |= {"device": str(device), "pretrained_model": bert_multilabel_cls.pretrained_model}
+    values |= {"device": str(device), "pretrained_model": str(bert_multilabel_cls.pretrained_model)}
     return values | {"mega_batch_mult": data_helper.mega_batch_mult}
 
 
@@ -405,7 +423,7 @@ def check_data(label2idx):
 
 def get_encoder():
     """Return [folder, lr, head_lr, epochs] of pretrained_model; of a small BERT if the default is missing."""
-    name = bert_multilabel_cls.pretrained_model
+    name = str(bert_multilabel_cls.pretrained_model)
     folder, error_message = find_encoder(name)
     if not folder and name != bert_multilabel_cls.default_model:
         raise InputError(error_message)

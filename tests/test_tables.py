@@ -1,9 +1,15 @@
 """Tables: one file becomes three, the data is looked at, and a table is labelled."""
 
 import csv
+import gzip
+import io
 import json
 import os
 import random
+import re
+import shutil
+import subprocess
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -151,14 +157,29 @@ def test_a_fault_of_a_table_is_named_with_its_row(table, content, constants, mes
     assert not os.path.exists("data")
 
 
+def zipped(name):
+    """Return a .zip file with an empty file of this name, as bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, "")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"\x1f\x8brest", "compressed with gzip; unpack it"),
-        (b"PK\x03\x04rest", "an .xlsx or .zip file; save it in Excel as CSV UTF-8"),
-        (b"\xd0\xcf\x11\xe0rest", "an .xls file"),
-        ("text,label".encode("utf-16"), "UTF-16"),
-        (b"PAR1rest", "a Parquet file"),
+        (gzip.compress(b"text,label"), "compressed with gzip; unpack it: gzip -dc"),
+        (gzip.compress(b"text,label")[:-9], "compressed with gzip, and damaged"),
+        (zipped("xl/workbook.xml"), "an .xlsx file; save it in Excel as CSV UTF-8"),
+        (zipped("a.csv"), "a .zip file with a.csv; unpack it"),
+        (b"PK\x03\x04rest", "a damaged .zip or .xlsx file"),
+        (b"\xd0\xcf\x11\xe0rest", "an .xls or .doc file"),
+        ("text,label".encode("utf-16"), "iconv -f UTF-16 "),
+        ("text,label".encode("utf-16-le"), "iconv -f UTF-16LE "),
+        ("text,label".encode("utf-16-be"), "iconv -f UTF-16BE "),
+        ("text,label".encode("utf-32"), "iconv -f UTF-32 "),
+        (b"PAR1\x15\0rest", "a Parquet file"),
+        (bytes(range(256)), "a binary file"),
         (b'\n[\n{"text": "a"}]', "a JSON array"),
         ("text,label\n中,a".encode("gbk"), "not UTF-8, probably GBK; .* CSV UTF-8"),
     ],
@@ -271,3 +292,45 @@ def test_jsonl_is_jsonl_though_a_label_is_called_as_the_column(project, monkeypa
         write_jsonl(f"data/{name}.json", [("中", ["体育", "text", "股市"])] * 8)
     data_preprocess.main()
     assert "text" in data_preprocess.load_json("data/label2idx.json")
+
+
+SPOKEN = [  # (texts, encoding, what it is called)
+    (["中超"], "gbk", "GBK"),
+    (["今日沪深两市指数整体呈现震荡调整格局", "新赛季中超开赛"], "gb18030", "GBK"),
+    (["今日臺股指數大漲，投資人對於後市看法樂觀。", "這個問題"], "big5", "Big5"),
+    (["今日の試合は延期になりました。", "ソニーの新製品を発表する"], "cp932", "Shift JIS"),
+    (["今日の試合は延期になりました。"], "euc-jp", "EUC-JP"),
+    (["오늘 경기는 비로 인해 연기되었습니다.", "주식 시장이 크게 올랐다"], "euc-kr", "EUC-KR"),
+    (["Сегодня матч перенесли из-за дождя"], "cp1251", "Windows-1251"),
+    (["Müller fährt über die Straße, größer als früher"], "latin-1", "Latin-1"),
+    (["L'été dernier, j'ai été très déçu"], "latin-1", "Latin-1"),
+]
+
+
+@pytest.mark.parametrize(
+    "texts, encoding, name", SPOKEN, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_an_encoding_is_named_and_what_is_advised_works(tmp_path, monkeypatch, texts, encoding, name):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": text, "label": ["a"]}, ensure_ascii=False) for text in texts]
+    Path("OLD").write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        list(data_preprocess.read_examples("OLD"))
+    assert name in str(caught.value)
+    if shutil.which("iconv"):
+        subprocess.run(re.search("iconv [^;]+", str(caught.value))[0], shell=True, check=True)
+        assert [text for _, text, _ in data_preprocess.read_examples("NEW")] == texts
+
+
+def test_a_few_damaged_places_are_called_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = json.dumps({"text": "今日沪深两市指数整体呈现", "label": ["a"]}, ensure_ascii=False).encode()
+    Path("a.json").write_bytes(line.replace("数".encode(), "数".encode()[:2]))
+    with pytest.raises(InputError, match="damaged in 1 places"):
+        list(data_preprocess.read_examples("a.json"))
+
+
+def test_a_label_index_of_powershell_is_called_utf_16(tmp_path):
+    (tmp_path / "label2idx.json").write_text('{"a": 0}', encoding="utf-16")
+    with pytest.raises(InputError, match="UTF-16"):
+        data_preprocess.load_label2idx(str(tmp_path / "label2idx.json"))
