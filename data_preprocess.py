@@ -464,9 +464,9 @@ def foreign_format(data_path, head):
 # and of Big5, kana and level 1 of JIS, Hangul, letters)
 legacy_encodings = (
     ("gb18030", "GBK", {*range(0xB0, 0xD8), 0xA1, 0xA3}),
+    ("euc-jp", "EUC-JP", {0xA1, 0xA4, 0xA5, *range(0xB0, 0xD0)}),
     ("big5", "Big5", {*range(0xA4, 0xC7), 0xA1}),
     ("cp932", "Shift JIS", {*range(0x81, 0x84), *range(0x88, 0x98)}),
-    ("euc-jp", "EUC-JP", {0xA1, 0xA4, 0xA5, *range(0xB0, 0xD0)}),
     ("cp949", "EUC-KR", {*range(0xB0, 0xC9)}),
     ("cp1251", "Windows-1251", {*range(0xC0, 0x100)}),
     ("cp1252", "Windows-1252 (Latin-1)", {*range(0xC0, 0x100)}),
@@ -495,10 +495,10 @@ def guess_encoding(data_path):
         with suppress(UnicodeDecodeError):
             if share > 0.6 and (decoded := data.decode(encoding)):
                 start = next(i for i, c in enumerate(decoded) if c > "\x7f")
-                reads = f"as which it reads {decoded[start : start + 9]!r}"
+                reads = f"it then reads {decoded[start : start + 9]!r}"
                 command = f"iconv -f {encoding.upper()} -t UTF-8 OLD > NEW"
                 remedy = f"to convert: {command}; or in Excel save as CSV UTF-8"
-                return f"not UTF-8, probably {name}, {reads}; {remedy}"
+                return f"not UTF-8, probably {name}; {reads}; {remedy}"
     return "not UTF-8, nor any other one encoding: damaged, or joined from several files; save it as UTF-8"
 
 
