@@ -43,14 +43,9 @@ hub_timeout = 8  # seconds after which the hub counts as unreachable
 known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
 offline_lock = threading.RLock()
 tokenizer_files = "*token*.json vocab.* *.model merges.txt bpe.codes".split()
-run_files = [
-    "*.safetensors",
-    *tokenizer_files,
-    "metrics.json",
-    "history.jsonl",
-    "errors.jsonl",
-    "config.json",
-]
+run_files = (
+    "*.safetensors metrics.json history.jsonl errors.jsonl".split() + tokenizer_files + ["config.json"]
+)
 
 
 class BertMultiLabelCls(nn.Module):
@@ -307,7 +302,7 @@ def load_tokenizer(folder, config, fine_tuned=False):
             if not fine_tuned and (changes := choose_casing(tokenizer, settings)):
                 tokenizer = BertTokenizer.from_pretrained(folder, **changes)
         elif is_known and not is_bert:
-            kind = {"tokenizer_type": "bert-japanese"} if "word_tokenizer_type" in settings else {}
+            kind = {"tokenizer_type": "bert-japanese"} if name == "BertJapaneseTokenizer" else {}
             tokenizer = AutoTokenizer.from_pretrained(folder, **kind)
         else:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -664,9 +659,8 @@ def wrap_model(model, compile_model, world_size):
     network = torch.compile(model) if compile_model else model
     if world_size == 1:
         return network
-    names = inspect.signature(
-        DistributedDataParallel
-    ).parameters  # torch before 2.13 has the second name only
+    names = inspect.signature(DistributedDataParallel).parameters
+    # Torch before 2.13 has the second name only.
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(network, **{sync_buffers: False})
 

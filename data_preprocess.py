@@ -15,6 +15,7 @@ import bz2
 import codecs
 import csv
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -418,6 +419,15 @@ foreign_formats = {  # by the first bytes
     b"%PDF": "a PDF file; save its text as plain text in UTF-8",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
 }
+# What the advice above does, to try it: on a damaged file it would fail.
+openers = {
+    b"\xff\xfe\0\0": functools.partial(open, encoding="utf-32"),
+    b"\xff\xfe": functools.partial(open, encoding="utf-16"),
+    b"\xfe\xff": functools.partial(open, encoding="utf-16"),
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 
 
 def is_utf8(head):
@@ -428,10 +438,9 @@ def is_utf8(head):
 
 
 def foreign_format(data_path, head):
-    """Return what a file is that starts with the bytes `head`, and the remedy, or "" if it may be text.
-
-    What is advised has been tried: on a damaged file the advice would fail.
-    """
+    """Return what a file is that starts with the bytes `head`, and the remedy, or "" if it may be text."""
+    if is_utf8(head):
+        return ""
     if head.startswith(b"PK\x03\x04"):
         with suppress(zipfile.BadZipFile):
             names = zipfile.ZipFile(data_path).namelist()
@@ -439,15 +448,13 @@ def foreign_format(data_path, head):
                 return "an .xlsx file; save it in Excel as CSV UTF-8"
             return f"a .zip file with {', '.join(names[:2])}; unpack it"
         return "a damaged .zip or .xlsx file; copy or download it again"
-    for start, remedy in foreign_formats.items() if not is_utf8(head) else ():
+    for start, remedy in foreign_formats.items():
         if head.startswith(start):
-            tried = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}.get(start, open_file)
-            encoding = re.match("UTF-(16|32)", remedy)
             try:
-                with tried(data_path) as file:
-                    content = file.read(2**28)
-                if encoding and len(content) < 2**28:
-                    content.decode(encoding[0])
+                if start in openers:
+                    with openers[start](data_path) as file:
+                        while file.read(2**20):
+                            pass
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
                 return f"{re.split('[,;]', remedy)[0]}, and damaged; copy or download it again"
             return remedy
@@ -757,9 +764,8 @@ def run_script(main, takes_texts=False):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
-        ends = (
-            main.__module__ == "__main__" and not is_interactive()
-        )  # then nothing interrupts its last steps
+        # A process that ends is not interrupted in its last steps; in Jupyter it goes on.
+        ends = main.__module__ == "__main__" and not is_interactive()
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_IGN if ends else handler)
 

@@ -41,16 +41,8 @@ from data_preprocess import (
     label_names,
     log,
 )
-from data_preprocess import (
-    log_label_metrics,
-    log_metrics,
-    parse_json_line,
-    plain_constants,
-    read_lines,
-    read_table,
-    run_script,
-)
-from data_preprocess import sibling_path, table_labels
+from data_preprocess import log_label_metrics, log_metrics, parse_json_line, plain_constants, read_lines
+from data_preprocess import read_table, run_script, sibling_path, table_labels
 
 # JSONL with a "text" in each line; .csv or .tsv, whose text_column is set in data_preprocess.py; or plain
 # text, one per line. Other fields are copied through. "" labels the texts below.
@@ -71,9 +63,6 @@ max_labels = None  # at most so many; None for no limit
 all_probabilities = False  # True: a file gets the probabilities of all labels, not only of the chosen ones
 
 texts = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今日沪深两市指数整体呈现震荡调整格局"]
-
-
-load_lock = threading.Lock()
 
 
 def predict(texts):
@@ -118,7 +107,6 @@ def predict_file():
     Raises InputError naming file and line for an invalid input, before anything is computed.
     """
     rank, world_size = init_distributed(device)
-    plain_constants(globals())
     check_paths()
     model, tokenizer, label2idx = get_model()
     check_numbers(model.bert.config)
@@ -204,6 +192,9 @@ def get_thresholds(config, names):
             kinds = 'a number from 0 to 1, "tuned", or {"label": number, ...}'
             raise InputError(f"threshold = {threshold!r:.60}: must be {kinds}")
     return np.array([chosen.get(name, 0.5) for name in names], dtype=np.float32)
+
+
+load_lock = threading.Lock()
 
 
 def get_model():

@@ -31,38 +31,17 @@ from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedu
 import bert_multilabel_cls
 import data_helper
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
-from bert_multilabel_cls import (
-    find_encoder,
-    get_pth_path,
-    init_bias,
-    limit_threads,
-    load_model,
-    load_pretrained,
-    oom_hint,
-)
-from bert_multilabel_cls import parameter_groups, predict_probs, save_model, torch_load, wrap_model
+from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, limit_threads, load_model, oom_hint
+from bert_multilabel_cls import load_pretrained, parameter_groups, predict_probs, save_model, torch_load
+from bert_multilabel_cls import wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
 from data_helper import compute_metrics, eval_dataloader, init_distributed, metrics_report, misclassified
 from data_helper import restore_order, tune_thresholds
 from data_preprocess import InputError, atomic_write, check_labels_known, check_number, check_writable
-from data_preprocess import (
-    dump_json,
-    dump_jsonl,
-    file_sha256,
-    get_world_size,
-    handle_signals,
-    is_main_process,
-)
-from data_preprocess import label_names, load_json_object, load_label2idx, log, log_label_metrics, log_metrics
-from data_preprocess import (
-    plain_constants,
-    read_examples,
-    run_script,
-    scan_examples,
-    short_message,
-    shorten,
-    sibling_path,
-)
+from data_preprocess import dump_json, dump_jsonl, file_sha256, get_world_size, handle_signals, label_names
+from data_preprocess import is_main_process, load_json_object, load_label2idx, log, log_label_metrics
+from data_preprocess import log_metrics, plain_constants, read_examples, run_script, scan_examples
+from data_preprocess import short_message, shorten, sibling_path
 
 # Files. The encoder is pretrained_model in bert_multilabel_cls.py.
 train_path = "./data/train.json"
@@ -113,6 +92,7 @@ def train():
     Raises InputError for what the user can fix in files and constants, SystemExit after SIGTERM or Ctrl-C.
     """
     plain_constants(globals())
+    plain_constants(vars(bert_multilabel_cls))
     check_constants()
     limit_threads()
     rank, world_size = init_distributed(device)
@@ -375,7 +355,7 @@ def run_config(dtype, world_size):
 def constants():
     """Return {name: value} of the constants that a run depends on."""
     values = {k: v for k, v in globals().items() if isinstance(v, (int, float, str)) and k[0] != "_"}
-    values |= {"device": str(device), "pretrained_model": str(bert_multilabel_cls.pretrained_model)}
+    values |= {"device": str(device), "pretrained_model": bert_multilabel_cls.pretrained_model}
     return values | {"mega_batch_mult": data_helper.mega_batch_mult}
 
 
@@ -423,7 +403,7 @@ def check_data(label2idx):
 
 def get_encoder():
     """Return [folder, lr, head_lr, epochs] of pretrained_model; of a small BERT if the default is missing."""
-    name = str(bert_multilabel_cls.pretrained_model)
+    name = bert_multilabel_cls.pretrained_model
     folder, error_message = find_encoder(name)
     if not folder and name != bert_multilabel_cls.default_model:
         raise InputError(error_message)
