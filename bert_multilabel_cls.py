@@ -629,7 +629,7 @@ def autocast(device, dtype):
 def limit_threads():
     """Let PyTorch use no more threads than the CPUs that a container allows; it counts the machine's."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(allowed_cpus()))))
+        torch.set_num_threads(math.ceil(min(torch.get_num_threads(), allowed_cpus())))
 
 
 def allowed_cpus(cgroups="/sys/fs/cgroup", own_cgroup="/proc/self/cgroup"):

@@ -132,6 +132,20 @@ def test_a_container_is_asked_how_many_cpus_it_allows(tmp_path, files, cpus):
     assert ours.allowed_cpus(str(tmp_path), str(tmp_path / "own")) == cpus
 
 
+@pytest.mark.parametrize("allowed, threads", [(float("inf"), 8), (16, 8), (2, 2), (1.5, 2), (0.1, 1)])
+def test_training_and_prediction_use_the_cpus_that_are_allowed(trained, monkeypatch, allowed, threads):
+    used = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(ours, "allowed_cpus", lambda: allowed)
+    monkeypatch.setattr(ours.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(ours.torch, "set_num_threads", used.append)
+    predict.load_once.cache_clear()
+    predict.predict(["中超"])
+    monkeypatch.setattr(train, "epochs", 1)
+    train.train()
+    assert used == [threads, threads]
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu", "cuda:99", "gpu"])
 def test_a_device_that_is_not_there_is_one_sentence(device):
     with pytest.raises(InputError, match=f"device = '{device}': cannot be used") as caught:
