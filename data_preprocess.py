@@ -439,8 +439,6 @@ def is_utf8(head):
 
 def foreign_format(data_path, head):
     """Return what a file is that starts with the bytes `head`, and the remedy, or "" if it may be text."""
-    if is_utf8(head):
-        return ""
     if head.startswith(b"PK\x03\x04"):
         with suppress(zipfile.BadZipFile):
             names = zipfile.ZipFile(data_path).namelist()
@@ -448,6 +446,8 @@ def foreign_format(data_path, head):
                 return "an .xlsx file; save it in Excel as CSV UTF-8"
             return f"a .zip file with {', '.join(names[:2])}; unpack it"
         return "a damaged .zip or .xlsx file; copy or download it again"
+    if is_utf8(head):
+        return ""
     for start, remedy in foreign_formats.items():
         if head.startswith(start):
             try:
