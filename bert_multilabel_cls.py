@@ -232,7 +232,7 @@ def read_state_dict(paths):
         if not isinstance(loaded, dict) or not any(map(torch.is_tensor, loaded.values())):
             raise InputError(f"{path}: not a checkpoint of PyTorch (no weights by name)")
         state_dict |= {str(key): tensor for key, tensor in loaded.items() if torch.is_tensor(tensor)}
-    return state_dict, info
+    return dict(sorted(state_dict.items())), info  # safetensors gives them in any order
 
 
 def split_state_dict(state_dict, path):
