@@ -11,6 +11,7 @@ A trained model's folder needs nothing else to predict, and transformers reads i
 
 import copy
 import ctypes
+import functools
 import glob
 import inspect
 import math
@@ -41,7 +42,7 @@ pretrained_model = default_model  # any BERT: a Hugging Face id, or a local fold
 hub_timeout = 8  # seconds after which the hub counts as unreachable
 # What training wraps around a network stands before the names of its weights.
 known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
-offline_lock = threading.RLock()
+load_lock = threading.RLock()  # one thread at a time loads
 tokenizer_files = "*token*.json vocab.* *.model merges.txt bpe.codes".split()
 run_files = (
     "*.safetensors metrics.json history.jsonl errors.jsonl".split() + tokenizer_files + ["config.json"]
@@ -367,7 +368,7 @@ def offline():
 
     One thread at a time: the switches are those of the whole process.
     """
-    with offline_lock:
+    with load_lock:
         before = constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
         verbosity = transformers_logging.get_verbosity()
         constants.HF_HUB_OFFLINE = True
@@ -601,7 +602,9 @@ def choose_dtype(precision, device):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without it
-        raise InputError(f"device = {str(device)!r}: cannot be used ({short_message(error)})") from None
+        in_fork = "; start the workers with spawn, or load the model in them" * ("fork" in str(error))
+        reason = f"cannot be used ({short_message(error)}){in_fork}"
+        raise InputError(f"device = {str(device)!r}: {reason}") from None
     on_gpu = torch.device(device).type == "cuda"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if precision not in ("auto", "bf16", "fp32", *["fp16"] * on_gpu):
@@ -628,8 +631,18 @@ def autocast(device, dtype):
 
 def limit_threads():
     """Let PyTorch use no more threads than the CPUs that a container allows; it counts the machine's."""
+    survive_fork()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(math.ceil(min(torch.get_num_threads(), allowed_cpus())))
+
+
+@functools.cache
+def survive_fork():
+    """Let a process that is forked from this one predict too: it has no other thread to wait for."""
+    if hasattr(os, "register_at_fork"):
+        release, one_thread = load_lock.release, functools.partial(torch.set_num_threads, 1)
+        os.register_at_fork(before=load_lock.acquire, after_in_parent=release, after_in_child=release)
+        os.register_at_fork(after_in_child=one_thread)  # OpenMP would wait for those of the parent
 
 
 def allowed_cpus(cgroups="/sys/fs/cgroup", own_cgroup="/proc/self/cgroup"):

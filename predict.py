@@ -15,7 +15,6 @@ import io
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
@@ -27,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 import data_preprocess
-from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, limit_threads, load_model
-from bert_multilabel_cls import predict_probs
+from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, limit_threads, load_lock
+from bert_multilabel_cls import load_model, predict_probs
 from data_helper import MultiClsDataSet, all_gather_object, all_reduce, confusion_counts, eval_dataloader
 from data_helper import init_distributed, metrics_from_counts, per_label_metrics, restore_order
 from data_preprocess import InputError, atomic_write, check_labels, check_number, check_surrogates, check_text
@@ -192,9 +191,6 @@ def get_thresholds(config, names):
             kinds = 'a number from 0 to 1, "tuned", or {"label": number, ...}'
             raise InputError(f"threshold = {threshold!r:.60}: must be {kinds}")
     return np.array([chosen.get(name, 0.5) for name in names], dtype=np.float32)
-
-
-load_lock = threading.Lock()
 
 
 def get_model():

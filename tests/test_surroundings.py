@@ -96,6 +96,75 @@ def test_no_switch_of_the_hub_is_left_behind_by_threads_that_load(encoder_folder
     assert not constants.HF_HUB_OFFLINE
 
 
+worker = """
+import multiprocessing, threading, time
+import predict
+
+long_texts = ["新赛季中超" * 20] * 64  # enough work for PyTorch to start its threads
+if WARM:
+    predict.predict(long_texts)
+
+def answer(queue):
+    queue.put((predict.predict(["中超开赛"]), len(predict.predict(long_texts))))
+
+def in_threads(queue):
+    threads = [threading.Thread(target=answer, args=(queue,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+if LOADING:
+    predict.load_once.cache_clear()
+    threading.Thread(target=predict.predict, args=(long_texts,)).start()
+    time.sleep(0.01)
+fork = multiprocessing.get_context("fork")
+queue = fork.SimpleQueue()
+children = [fork.Process(target=TARGET, args=(queue,)) for _ in range(2)]
+for child in children:
+    child.start()
+for child in children:
+    child.join(60)
+    child.kill()
+while not queue.empty():
+    print(*queue.get())
+print(len(predict.predict(long_texts)), "in the parent")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.parametrize(
+    "warm, loading, target, answers",
+    [
+        (True, False, "answer", 2),
+        (True, False, "in_threads", 8),
+        (True, True, "answer", 2),
+        (False, True, "answer", 2),
+    ],
+)
+def test_a_forked_worker_predicts(trained, warm, loading, target, answers):
+    """After its parent predicted, in threads of its own, and while the parent loads the model."""
+    code = worker.replace("WARM", str(warm)).replace("LOADING", str(loading)).replace("TARGET", target)
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=150
+    )
+    assert run.stdout == "[['中超', '体育']] 64\n" * answers + "64 in the parent\n" and not run.stderr
+
+
+def test_a_gpu_in_a_forked_worker_is_one_sentence_with_the_remedy(trained, monkeypatch):
+    def in_fork(*_, **__):
+        reason = (
+            "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use"
+        )
+        raise RuntimeError(f"{reason} the 'spawn' start method")
+
+    monkeypatch.setattr(ours.torch, "empty", in_fork)
+    monkeypatch.setattr(predict, "device", "cuda")
+    with pytest.raises(InputError, match=r"\(Cannot .* subprocess\); start the workers with spawn, or load"):
+        predict.predict(["中超"])
+
+
 @pytest.mark.parametrize(
     "variables, processes",
     [
