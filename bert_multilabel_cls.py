@@ -182,15 +182,27 @@ def load_pretrained(cls, name, fine_tuned=False):
 def load_config(folder):
     """Return the BertConfig in a folder. Raises InputError unless it is that of a BERT encoder."""
     path = os.path.join(folder, "config.json")
+    if not os.path.exists(path) and (found := glob.glob("bert_config.json", root_dir=folder)):
+        raise InputError(f"{folder}: rename its {found[0]} to config.json")
+    if not os.path.exists(path) and (found := glob.glob("*/config.json", root_dir=folder)):
+        raise InputError(f"{folder}: has no config.json, but {', '.join(found)}; name that folder")
     values = load_json_object(path)
+    if "quantization_config" in values:
+        raise InputError(f"{folder}: its weights are quantized; take those it was made from")
     for name, supported in (("model_type", "bert"), ("position_embedding_type", "absolute")):
         if (found := values.get(name, supported)) != supported:
             raise InputError(f'{folder}: its {name} is "{found}", but only "{supported}" is supported')
     if values.get("is_decoder") or values.get("add_cross_attention"):
         raise InputError(f"{folder}: a decoder (is_decoder or add_cross_attention), not an encoder")
-    config = BertConfig.from_pretrained(folder)
-    for name in "vocab_size hidden_size num_hidden_layers num_attention_heads type_vocab_size".split():
-        check_number(f"{path}: {name}", getattr(config, name), 1, integer=True)
+    try:
+        config = BertConfig.from_pretrained(folder)
+    except Exception as error:  # it checks some of the values
+        raise InputError(f"{path}: not the config of a BERT ({short_message(error)})") from None
+    sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size type_vocab_size"
+    for name in (*sizes.split(), "max_position_embeddings"):
+        check_number(f"{path}: {name}", getattr(config, name), 1, 2**31, integer=True)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+        check_number(f"{path}: {name}", getattr(config, name), 0, 1)
     return config
 
 
@@ -265,14 +277,19 @@ def build_encoder(config, weights, path, new_pooler=False):
     if len(layers) != config.num_hidden_layers or max(layers, default=0) >= config.num_hidden_layers:
         sizes = f"weights of {len(layers)} layers, but config.json says num_hidden_layers"
         raise InputError(f"{path}: has {sizes} = {config.num_hidden_layers}; correct it")
-    with torch.device("meta"):  # shapes alone
-        expected = BertModel(config, add_pooling_layer=not new_pooler).state_dict()
+    try:
+        with torch.device("meta"):  # shapes alone
+            expected = BertModel(config, add_pooling_layer=not new_pooler).state_dict()
+    except Exception as error:  # sizes that do not go together, an activation that it does not know
+        raise InputError(f"{path}: its config.json is not that of a BERT ({short_message(error)})") from None
     wrong = [k for k in expected.keys() & weights if weights[k].shape != expected[k].shape]
     wrong += [k for k in expected.keys() & weights if not weights[k].is_floating_point()]
+    damaged = [k for k in weights if not weights[k].isfinite().all()]
     for names, reason in (
         (expected.keys() - weights, "missing"),
         (weights.keys() - expected, "not those of a BERT"),
         (wrong, "of another type or shape than config.json says"),
+        (damaged, "infinite or NaN"),
     ):
         if names:
             some = ", ".join(sorted(names)[:3]) + ", …" * (len(names) > 3)
@@ -360,6 +377,10 @@ def check_vocabulary(tokenizer, folder, vocab_size):
     if isinstance(tokenizer, BertTokenizer) and len(foreign) > len(vocab) / 20:
         reason = f"the pieces of its vocab.txt ({', '.join(foreign[:3])}) are not WordPiece"
         raise InputError(f"{folder}: {reason}; copy the tokenizer.json of this encoder too")
+    try:
+        tokenizer("a \U0010ffff")
+    except Exception as error:  # without an unknown token, what is unknown is an error
+        raise InputError(f"{folder}: the tokenizer cannot be used ({short_message(error)})") from None
 
 
 @contextmanager
@@ -439,8 +460,7 @@ def atomic_folder(folder, pth_name=None):
 
 def is_finished(folder, pth_name):
     """Return whether a folder has a model that is worth keeping: of a finished run, or from elsewhere."""
-    config_path = os.path.join(folder, "config.json")
-    is_ours = os.path.exists(config_path) and "truncation" in load_json_object(config_path)
+    is_ours = "truncation" in read_values(os.path.join(folder, "config.json"))
     has_weights = any(os.path.exists(os.path.join(folder, name)) for name in (pth_name, "model.safetensors"))
     return os.path.exists(os.path.join(folder, "metrics.json")) or has_weights and not is_ours
 
@@ -466,11 +486,18 @@ def complete_save(folder, pth_name=None):
         os.rmdir(finished)
 
 
+def read_values(path):
+    """Return the dict in a JSON file, {} if there is none or it is damaged."""
+    with suppress(InputError):
+        return load_json_object(path)
+    return {}
+
+
 def keep_previous(folder, pth_name):
     """Move all files of the finished run in `folder` to folder/previous, by way of previous.tmp."""
-    previous, metrics_path = os.path.join(folder, "previous.tmp"), os.path.join(folder, "metrics.json")
-    run_name = load_json_object(metrics_path).get("run_name", "") if os.path.exists(metrics_path) else ""
-    curves = [os.path.join("runs", glob.escape(run_name))] if run_name else []
+    previous = os.path.join(folder, "previous.tmp")
+    run_name = read_values(os.path.join(folder, "metrics.json")).get("run_name")
+    curves = [os.path.join("runs", glob.escape(run_name))] if run_name and isinstance(run_name, str) else []
     for pattern in (*curves, glob.escape(pth_name), *run_files):
         for name in glob.glob(pattern, root_dir=folder):
             if os.path.exists(os.path.join(folder, name)):  # else a link whose file has been moved
@@ -532,7 +559,8 @@ def complete_config(config, folder, num_labels, model_max_length):
     if "id2label" not in values:
         config.id2label = {idx: f"LABEL_{idx}" for idx in range(num_labels)}
         log("note", f"{folder}: its config.json has no id2label; the labels are called LABEL_0, LABEL_1, …")
-    if set(config.id2label) != set(range(len(config.id2label))):
+    names = list(config.id2label.values())
+    if set(config.id2label) != set(range(len(names))) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder}: its id2label does not number the labels 0, 1, 2, …")
     if config.problem_type not in (None, "multi_label_classification"):
         raise InputError(f"{folder}: its problem_type is {config.problem_type!r}, not multi-label")
@@ -582,6 +610,8 @@ def torch_load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or hostile file raises anything
         reason = f"{short_message(error)}; incomplete, or a Git LFS pointer?"
+        if "nsupported global" in str(error) or "not an allowed global" in str(error):
+            reason = "it has Python objects, which may run code; save model.state_dict() instead"
         raise InputError(f"{path}: not a checkpoint of PyTorch ({reason})") from None
 
 

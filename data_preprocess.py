@@ -101,12 +101,14 @@ def suggest_max_len(text_lengths, max_len_ratio):
 
 
 unknown_label = "if training has it, run python data_preprocess.py; if not, remove it, or add examples of it"
-FileStats = namedtuple("FileStats", "text_lengths labels_per_text label_counts first_locations text_hashes")
+FileStats = namedtuple(
+    "FileStats", "text_lengths labels_per_text label_counts first_locations text_hashes odd_texts"
+)
 
 
 def scan_examples(data_path):
     """Return the FileStats of a data file. Raises InputError naming file and line for an invalid example."""
-    stats = FileStats([], [], Counter(), {}, set())
+    stats = FileStats([], [], Counter(), {}, set(), defaultdict(list))
     for location, text, labels in read_examples(data_path):
         stats.text_lengths.append(len(text))
         stats.labels_per_text.append(len(set(labels)))
@@ -114,6 +116,10 @@ def scan_examples(data_path):
         stats.text_hashes.add(hash(text_key(text)))
         for label in labels:
             stats.first_locations.setdefault(label, location)
+        if not text.strip():
+            stats.odd_texts["texts that are empty:"].append(location)
+        if "\ufffd" in text:
+            stats.odd_texts["texts with U+FFFD, which stands for damaged characters:"].append(location)
     return stats
 
 
@@ -145,11 +151,22 @@ def log_suspects(stats):
     for same in spellings.values():
         if len(same) > 1:
             log("note", f"probably one label, to be spelt alike: {', '.join(same)}")
-    parts = {label: re.split(r"[,;|/，；、]\s*", label) for label in sorted(counts)}
-    joined = [label for label in parts if any(part in counts and part != label for part in parts[label])]
+    empty = [label for label in sorted(counts) if label.casefold() in ("nan", "none", "null", "n/a", "#n/a")]
+    if empty:
+        log("note", f"labels that are probably empty cells: {', '.join(empty)}")
+    parts = {label: re.split(r"[,;|/\n，；、]\s*", label) for label in sorted(counts)}
+    of_labels = Counter(part for label in parts for part in set(parts[label]) if "/" not in label)
+    joined = [
+        label
+        for label in parts
+        if any(part != label and (part in counts or of_labels[part] > 1) for part in parts[label])
+    ]
     if joined:
         some = ", ".join(map(shorten, joined[:3]))
         log("note", f"probably several labels in one: {some}", count=len(joined))
+    for file in stats:
+        for reason, locations in file.odd_texts.items():
+            log("note", f"{reason} {len(locations)}, the first is {locations[0]}")
     pairs = combinations(zip(("train", "dev", "test"), stats), 2)
     twice = {f"{a}_{b}": len(one.text_hashes & two.text_hashes) for (a, one), (b, two) in pairs}
     if any(twice.values()):
@@ -184,14 +201,16 @@ def split_table(table_path, paths):
             raise InputError(f"{location}: the text is empty; fill it in, or remove the row")
         examples.append((text, labels))
         groups[text_key(text)].update(labels)
-    if len(groups) < 3:
-        raise InputError(f"{table_path}: {len(groups)} different texts; training, dev and test need one each")
     sides = stratify(groups)
     rows = [[], [], []]
     for text, labels in examples:
         rows[sides[text_key(text)]].append({"text": text, "label": labels})
+    if not all(rows):
+        remedy = "training, dev and test need some each"
+        raise InputError(f"{table_path}: {len(groups)} different texts are too few; {remedy}")
     record_path = sibling_path(paths[0], "split.json")
-    written = load_json_object(record_path)["sha256"] if os.path.exists(record_path) else []
+    record = load_json_object(record_path) if os.path.exists(record_path) else {}
+    written = record["sha256"] if isinstance(record.get("sha256"), list) else []
     foreign = [path for path in paths if os.path.exists(path) and file_sha256(path) not in written]
     if foreign:
         remedy = "move them to another folder, or name other files in data_preprocess.py"
@@ -258,10 +277,9 @@ def read_table_examples(table_path):
     for location, cells in read_table(table_path):
         labels = table_labels(location, cells)
         if labels is None:
+            missing = label_columns if isinstance(label_columns, str) else label_columns[0]
             found = ", ".join(cells)
-            raise InputError(
-                f"{table_path}: has no column {label_columns[0]!r} but {found}; set label_columns"
-            )
+            raise InputError(f"{table_path}: has no column {missing!r} but {found}; set label_columns")
         yield location, cells[text_column], labels
 
 
@@ -288,12 +306,12 @@ def read_table(table_path, bar=True):
         if row is None:
             return
         if header is None:
-            header = row
-            if text_column not in header or len(set(header)) < len(header):
-                found = f"its header is {', '.join(header)}"
-                raise InputError(
-                    f"{table_path}: needs one column {text_column!r}, but {found}; set text_column"
-                )
+            header = [name.strip() for name in row]
+            found = f"its header is {', '.join(header)}"
+            if text_column not in header:
+                raise InputError(f"{table_path}: has no column {text_column!r}, {found}; set text_column")
+            if len(set(header)) < len(header):
+                raise InputError(f"{table_path}: has columns of the same name, {found}; rename one")
         elif row and len(row) != len(header):
             found = f"{len(row)} cells under {len(header)} columns"
             raise InputError(f"{location}: {found}; a cell with {delimiter!r} in it must stand in quotes")
@@ -309,13 +327,25 @@ def table_labels(location, cells):
             return None
         raise InputError(f"{location}: no column {missing[0]!r} among {', '.join(cells)}; set label_columns")
     if len(columns) == 1:
-        labels = (label.strip() for label in cells[columns[0]].split(label_separator))
-        return list(dict.fromkeys(filter(None, labels)))
+        cell = cells[columns[0]].strip()
+        is_list = cell.startswith("[") and cell.endswith("]")
+        labels = parse_list(location, cell) if is_list else cell.split(label_separator)
+        return list(dict.fromkeys(filter(None, map(str.strip, labels))))
     values = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
     for column in columns:
         if cells[column].strip().lower() not in values:
             raise InputError(f"{location}: {column} must be 0 or 1, but is {cells[column]!r:.40}")
     return [column for column in columns if values[cells[column].strip().lower()]]
+
+
+def parse_list(location, cell):
+    """Return the labels of a cell that is a list, such as "['a', 'b']", which pandas writes."""
+    with suppress(ValueError):
+        labels = json.loads(cell.replace("'", '"'))
+        if all(isinstance(label, str) for label in labels):
+            return labels
+    remedy = f"write their names with {label_separator!r} between, or a column of 0 and 1 for each label"
+    raise InputError(f"{location}: the labels are {cell!r:.40}; {remedy}")
 
 
 def read_examples(data_path, label2idx=None):
@@ -350,7 +380,10 @@ def check_labels(location, example):
         raise InputError(f'{location}: "label" must be a list of strings, but is {found}')
     for label in labels:
         if not isinstance(label, str) or not label.strip():
-            raise InputError(f"{location}: labels must be non-blank strings, but one is {label!r:.40}")
+            remedy = "; write their names" * isinstance(label, int)
+            raise InputError(
+                f"{location}: labels must be non-blank strings, but one is {label!r:.40}{remedy}"
+            )
         if label != label.strip():
             raise InputError(f"{location}: the label {label!r:.60} has white space around it; remove it")
         check_surrogates(location, label)
@@ -367,8 +400,8 @@ def check_surrogates(location, string):
 
 
 def preview(example, key):
-    """Return the start of example[key] for an error message, or "missing"."""
-    return json.dumps(example[key])[:40] if key in example else "missing"
+    """Return the start of example[key] for an error message, or "missing" with the keys that are there."""
+    return json.dumps(example[key])[:40] if key in example else f"missing among {', '.join(example)[:40]!r}"
 
 
 def read_jsonl(data_path):
@@ -475,7 +508,8 @@ legacy_encodings = (
     ("big5", "Big5", {*range(0xA4, 0xC7), 0xA1}),
     ("cp932", "Shift JIS", {*range(0x81, 0x84), *range(0x88, 0x98)}),
     ("cp949", "EUC-KR", {*range(0xB0, 0xC9)}),
-    ("cp1251", "Windows-1251", {*range(0xC0, 0x100)}),
+    ("cp1251", "Windows-1251", {*range(0xE0, 0x100)}),  # small letters, in KOI8-R the capital ones
+    ("koi8-r", "KOI8-R", {*range(0xC0, 0xE0)}),
     ("cp1252", "Windows-1252 (Latin-1)", {*range(0xC0, 0x100)}),
 )
 
@@ -518,6 +552,8 @@ def file_format(data_path):
         head = file.read(2**16).removeprefix(b"\xef\xbb\xbf")
     if reason := foreign_format(data_path, head):
         raise InputError(f"{data_path}: {reason}")
+    if b"\r" in head.strip() and b"\n" not in head:
+        raise InputError(f"{data_path}: its lines end in CR alone; to convert: tr '\\r' '\\n' < OLD > NEW")
     first_line = head.strip().partition(b"\n")[0].strip()
     if re.match(rb"\[\s*([{\"\[]|$)", first_line):
         raise InputError(f"{data_path}: a JSON array; write one object a line instead, without [ ] around")
@@ -713,7 +749,11 @@ def check_number(name, value, minimum, maximum=None, integer=False):
 
 def short_message(error):
     """Return the first sentence of an exception's message, or the exception's name."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first_line, *others = (str(error).strip() or type(error).__name__).splitlines()
+    if isinstance(error, KeyError):
+        first_line = f"there is no {first_line}"
+    if first_line.endswith(":") and others:
+        first_line += f" {others[0].strip()}"
     return re.split(r"(?<=[^.])\. (?=[A-Z])", first_line)[0].rstrip(".")
 
 

@@ -294,17 +294,18 @@ class Checkpoint:
         exists = resume and os.path.exists(self.path)
         if any(other != [config, exists] for other in all_gather_object([config, exists])):
             raise InputError(f"the data, the constants or {self.path} differ between the machines")
-        start_over = f"to start over, delete {self.path} or set resume = False in train.py"
         try:
             saved = torch_load(self.path) if exists else {"config": config}
             changed = [k for k in {**saved["config"], **config} if saved["config"].get(k) != config.get(k)]
             vars(self).update({k: saved[k] for k in (*self.saved_names, "states") if exists})
         except (InputError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{self.path}: not a checkpoint of a run; {start_over}") from None
+            raise InputError(f"{self.path}: not a checkpoint of a run; {start_over(self.path)}") from None
         if changed:
             old = {k: f" (was {saved['config'].get(k)}, is {config.get(k)})" for k in globals()}
             changes = ", ".join(name + old.get(name, "") for name in changed)
-            raise InputError(f"{self.path}: cannot resume, changed: {changes}; undo it; or, {start_over}")
+            raise InputError(
+                f"{self.path}: cannot resume, changed: {changes}; undo it; or, {start_over(self.path)}"
+            )
 
     def restore(self, encoder, train_dataset, *parts):
         """Bring model, optimizer, scheduler and scaler to where the run was saved."""
@@ -312,8 +313,11 @@ class Checkpoint:
         if self.states is not None:
             if token_crc != self.token_crc:
                 raise InputError(f"{self.path}: cannot resume, changed: the tokenizer in {encoder[0]}")
-            for part, state in zip(parts, self.states, strict=True):
-                part.load_state_dict(state)
+            try:
+                for part, state in zip(parts, self.states, strict=True):
+                    part.load_state_dict(state)
+            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+                raise InputError(f"{self.path}: not a checkpoint of a run; {start_over(self.path)}") from None
             log("resume", f"from {self.path}", epoch=self.epoch + 1, batch=self.batch)
         self.encoder, self.token_crc, self.parts, self.states = encoder, token_crc, parts, None
 
@@ -341,6 +345,11 @@ class Checkpoint:
             remedy = "" if resume else "set resume = True and "
             log("stopped", f"{remedy}run the same command again to resume;", epoch=epoch + 1, batch=batch)
             sys.exit(128 + number)
+
+
+def start_over(path):
+    """Return the remedy for a checkpoint that cannot be resumed."""
+    return f"to start over, delete {path} or set resume = False in train.py"
 
 
 def run_config(dtype, world_size):

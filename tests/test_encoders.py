@@ -332,8 +332,13 @@ def renamed(old, new):
         (None, {"position_embedding_type": "relative_key"}, 'its position_embedding_type is "relative_key"'),
         (None, {"is_decoder": True}, "a decoder"),
         (None, {"num_attention_heads": 0}, "num_attention_heads = 0"),
-        (None, {"hidden_act": "sine"}, "cannot be loaded"),
-        (None, {"vocab_size": "many"}, "config.json|cannot be loaded"),
+        (None, {"num_attention_heads": 3}, "its config.json is not that of a BERT .*not a multiple"),
+        (None, {"hidden_act": "sine"}, r"not that of a BERT \(there is no 'sine'\)"),
+        (None, {"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob = nan"),
+        (None, {"layer_norm_eps": "1e-12"}, "config.json: not the config of a BERT .*layer_norm_eps"),
+        (None, {"vocab_size": "many"}, "config.json: not the config of a BERT .*vocab_size"),
+        (None, {"quantization_config": {"load_in_8bit": True}}, "its weights are quantized"),
+        (lambda w: {k: v / 0 for k, v in w.items()}, {}, "39 weights are infinite or NaN: embeddings.Lay"),
         (None, {"model_type": "distilbert"}, 'model_type is "distilbert"'),
     ],
 )
@@ -346,6 +351,74 @@ def test_weights_that_do_not_fit_are_an_error_and_never_random(encoder, capfd, c
     with pytest.raises(InputError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_and_without_metadata_become_float32(encoder, dtype):
+    folder, weights = encoder
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors")
+    loaded = load(folder)
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    torch.testing.assert_close(loaded, weights, rtol=0.01, atol=0.01)
+
+
+def test_a_whole_model_instead_of_its_weights_is_refused_with_the_remedy(encoder):
+    folder, _ = encoder
+    torch.save(BertModel.from_pretrained(folder), folder / "pytorch_model.bin")
+    os.remove(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"Python objects, which may run code; save model.state_dict\(\)"):
+        load(folder)
+
+
+def test_a_config_elsewhere_is_named(encoder):
+    folder, _ = encoder
+    os.rename(folder / "config.json", folder / "bert_config.json")
+    with pytest.raises(InputError, match="encoder: rename its bert_config.json to config.json"):
+        load(folder)
+    os.rename(folder / "bert_config.json", folder / "config.json")
+    (folder.parent / "whole").mkdir()
+    os.rename(folder, folder.parent / "whole" / "0_Transformer")
+    with pytest.raises(InputError, match="whole: has no config.json, but 0_Transformer/config.json; name"):
+        load(folder.parent / "whole")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["\u2028", "\u0085", "", "\n", " ", "\u3000", "中", "x\r"],
+    ids="LS NEL - -- space wide twice CR".split(),
+)
+def test_an_odd_line_of_a_vocabulary_does_not_move_the_ids_after_it(encoder, line):
+    """As in bert-base-chinese, which has a line separator among its tokens."""
+    folder, weights = encoder
+    tokens = [*TOKENS[:7], line, *TOKENS[7:]]
+    os.remove(folder / "tokenizer.json")
+    (folder / "vocab.txt").write_bytes("\n".join(tokens).encode())
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 24 + 1 + line.count("\n")}
+    dump_json(config, f"{folder}/config.json")
+    tokenizer = ours.load_pretrained(BertTokenizer, str(folder))
+    shift = 1 + line.count("\n")
+    assert tokenizer("超" + TOKENS[7] + TOKENS[20])["input_ids"] == [2, 6, 7 + shift, 20 + shift, 3]
+
+
+def test_settings_that_a_tokenizer_json_keeps_for_others_change_nothing(encoder):
+    """Truncation and padding, as sentence-transformers stores them, and the sides of both."""
+    folder, _ = encoder
+    expected = rows(dataset_of(folder))
+    described = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    described["truncation"] = dict(direction="Left", max_length=4, strategy="LongestFirst", stride=0)
+    described["padding"] = dict(strategy={"Fixed": 12}, direction="Left", pad_to_multiple_of=None)
+    described["padding"] |= dict(pad_id=0, pad_type_id=0, pad_token="[PAD]")
+    dump_json(described, f"{folder}/tokenizer.json")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    dump_json(
+        settings | {"padding_side": "left", "truncation_side": "left"}, f"{folder}/tokenizer_config.json"
+    )
+    assert rows(dataset_of(folder)) == expected
+
+
+def dataset_of(folder):
+    tokenizer = ours.load_pretrained(BertTokenizer, str(folder))
+    return MultiClsDataSet(None, 24, None, tokenizer, LABELS, 0, [(text, []) for text in TEXTS])
 
 
 @pytest.mark.parametrize(
@@ -494,6 +567,8 @@ def test_a_trained_model_that_does_not_fit_is_an_error_that_names_the_key(elsewh
         ({"id2label": {"0": "a", "1": "a", "2": "b"}}, "has 3 labels, but .* lists 2"),
         ({"thresholds": [0.5]}, "not those of a run"),
         ({"truncation": "all"}, "not those of a run"),
+        ({"id2label": {"0": "a", "1": "b", "2": {}}}, "does not number the labels"),
+        ({"num_attention_heads": 3}, "is not that of a BERT"),
     ],
 )
 def test_a_config_of_a_trained_model_that_does_not_fit_is_an_error(elsewhere, config, message):

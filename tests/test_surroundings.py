@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,18 +23,29 @@ from data_preprocess import InputError
 from test_stopped_runs import stop_after
 
 
+@pytest.fixture(params=["the same disk", "another disk"])
+def elsewhere(request, project):
+    """A folder for files that are linked to."""
+    if request.param == "the same disk":
+        yield tempfile.mkdtemp(dir=project)
+    elif not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(project).st_dev:
+        pytest.skip("there is no other disk")
+    else:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield folder
+
+
 @pytest.mark.parametrize("name", ["label2idx.json", "multi_label_cls.pth", "metrics.json", "config.json"])
-def test_a_file_that_is_a_symbolic_link_stays_one(project, name):
+def test_a_file_that_is_a_symbolic_link_stays_one(project, elsewhere, name):
     """Through two runs, the second of which moves the first to previous/."""
     folder = "data" if name == "label2idx.json" else "model"
-    Path("elsewhere").mkdir()
     Path(folder).mkdir(exist_ok=True)
     Path(folder, name).unlink(missing_ok=True)
-    Path(folder, name).symlink_to(f"../elsewhere/{name}")
+    Path(folder, name).symlink_to(f"{elsewhere}/{name}")
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     for _ in range(2):
         train.train()
-        assert Path(folder, name).is_symlink() and Path("elsewhere", name).stat().st_size > 9
+        assert Path(folder, name).is_symlink() and Path(elsewhere, name).stat().st_size > 9
         assert predict.predict(["中超"])
     assert Path("model/previous/metrics.json").is_file()
 

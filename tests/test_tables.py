@@ -1,9 +1,11 @@
 """Tables: one file becomes three, the data is looked at, and a table is labelled."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -72,6 +74,13 @@ def test_columns_of_0_and_1_are_labels_by_their_names(table):
     assert dict(sum(files, [])) == expected
 
 
+@pytest.mark.parametrize("cell", ["['a', 'b']", '["a", "b"]', " ['b' , 'a' , ''] ", "a ;b;a", "[a];b"])
+def test_a_cell_that_is_a_list_gives_its_labels(table, cell):
+    files = table(write_table("t.csv", [["text ", " label"], *([f"text {n}", cell] for n in range(30))]))
+    expected = {"[a]", "b"} if cell == "[a];b" else {"a", "b"}
+    assert all(set(labels) == expected for part in files for _, labels in part)
+
+
 def test_jsonl_is_split_too(table):
     pairs = [(text, labels.split(";")) for text, labels in examples(50)]
     assert sorted(sum(table(write_jsonl("all.jsonl", pairs)), [])) == sorted(pairs)
@@ -132,10 +141,15 @@ def test_files_that_it_did_not_write_stay(table):
 @pytest.mark.parametrize(
     "content, constants, message",
     [
-        ("text,label\na,b\n", {"text_column": "content"}, "needs one column 'content'.* text, label"),
+        ("text,label\na,b\n", {"text_column": "content"}, "has no column 'content', .* text, label"),
         ("text,label\na,b\n", {"label_columns": ["tags"]}, "no column 'tags' but text, label"),
         ("text,x\na,1\n", {"label_columns": ["x", "y"]}, r":2 \(row 2\): no column 'y' among text, x"),
-        ("text,text\na,b\n", {}, "needs one column 'text'"),
+        ("text,label\na,b\n", {"label_columns": "tags"}, "no column 'tags' but text, label"),
+        ("text,text\na,b\n", {}, "columns of the same name, .* text, text; rename"),
+        ('text,label\na,"[0, 1]"\n', {}, r":2 \(row 2\): the labels are '\[0, 1\]'; write their names with"),
+        ("text,label\na,['b' 'c']\n", {}, r":2 \(row 2\): the labels are .* with ';' between"),
+        ('text,label\na,"[[""b""]]"\n', {}, r":2 \(row 2\): the labels are"),
+        ("text,label\ra,b\rc,d\r", {}, r"its lines end in CR alone; to convert: tr '\\r' '\\n'"),
         ('text,label\n"a\nb",c\n ,d\n', {}, r":4 \(row 3\): the text is empty"),
         ("text,label\na,b\nc\n", {}, r":3 \(row 3\): 1 cells under 2 columns"),
         ("text,label\na,b,c\n", {}, r":2 \(row 2\): 3 cells under 2 columns; .* quotes"),
@@ -147,7 +161,7 @@ def test_files_that_it_did_not_write_stay(table):
         ),
         ("text,x,y\na,1,\n", {"label_columns": ["x", "y"]}, r":2 \(row 2\): y must be 0 or 1, but is ''"),
         ("text,label\na,b\n", {}, "1 different texts"),
-        ("", {}, "no examples|needs one column"),
+        ("", {}, "no examples|has no column"),
     ],
 )
 def test_a_fault_of_a_table_is_named_with_its_row(table, content, constants, message):
@@ -168,8 +182,12 @@ def zipped(name):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (gzip.compress(b"text,label"), "compressed with gzip; unpack it: gzip -dc"),
-        (gzip.compress(b"text,label")[:-9], "compressed with gzip, and damaged"),
+        (gzip.compress(b"text,label", mtime=0), "compressed with gzip; unpack it: gzip -dc"),
+        (gzip.compress(b"text,label", mtime=0)[:-9], "compressed with gzip, and damaged"),
+        (bz2.compress(b"text,label"), "compressed with bzip2; unpack it: bzip2 -dc"),
+        (bz2.compress(b"text,label")[:-9], "compressed with bzip2, and damaged"),
+        (lzma.compress(b"text,label"), "compressed with xz; unpack it: xz -dc"),
+        (lzma.compress(b"text,label")[:20] + b"\xff" * 20, "compressed with xz, and damaged"),
         (zipped("xl/workbook.xml"), "an .xlsx file; save it in Excel as CSV UTF-8"),
         (zipped("a.csv"), "a .zip file with a.csv; unpack it"),
         (b"PK\x03\x04rest", "a damaged .zip or .xlsx file"),
@@ -232,6 +250,26 @@ def test_what_is_in_the_data_is_shown(project, monkeypatch, capsys):
     assert 'note     probably one label, to be spelt alike: "Label 0" (1), "label 0" (32)\n' in printed
     assert '"label 1" (16), "ｌabel 1" (1)' in printed and '"label 2" (10), "label\\u200b 2" (1)' in printed
     assert "note     texts that stand in two files: train_dev=2 train_test=1 dev_test=1\n" in printed
+
+
+@pytest.mark.parametrize("separator", ["|", "；", "\n", ", ", "、"])
+def test_labels_that_are_probably_several_or_none_are_noted(project, capsys, separator):
+    labels = [f"a{separator}b", f"a{separator}c", "nan", "None", "科技/手机", "科技/电脑"]
+    write_jsonl("data/train.json", [(f"t{label}", [label]) for label in labels])
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    printed = " ".join(line.removeprefix("note").strip() for line in capsys.readouterr().out.splitlines())
+    shown = data_preprocess.escape(f"a{separator}b, a{separator}c count=2")
+    assert f"probably several labels in one: {shown}" in printed
+    assert "labels that are probably empty cells: None, nan" in printed
+
+
+def test_texts_that_are_empty_or_damaged_are_noted(project, capsys):
+    rows = [("x", ["a"]), ("", ["a"]), (" \u3000", ["b"]), ("中\ufffd超", ["b"])]
+    write_jsonl("data/train.json", rows)
+    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
+    printed = " ".join(line.removeprefix("note").strip() for line in capsys.readouterr().out.splitlines())
+    assert "texts that are empty: 2, the first is ./data/train.json:2" in printed
+    assert "texts with U+FFFD, which stands for damaged characters: 1, the first is" in printed
 
 
 @pytest.mark.parametrize("label", [" a", "a ", "a\t", "\u3000a"])
@@ -302,6 +340,7 @@ SPOKEN = [  # (texts, encoding, what it is called)
     (["今日の試合は延期になりました。"], "euc-jp", "EUC-JP"),
     (["오늘 경기는 비로 인해 연기되었습니다.", "주식 시장이 크게 올랐다"], "euc-kr", "EUC-KR"),
     (["Сегодня матч перенесли из-за дождя"], "cp1251", "Windows-1251"),
+    (["Сегодня матч перенесли из-за дождя"], "koi8-r", "KOI8-R"),
     (["Müller fährt über die Straße, größer als früher"], "latin-1", "Latin-1"),
     (["L'été dernier, j'ai été très déçu"], "latin-1", "Latin-1"),
 ]
