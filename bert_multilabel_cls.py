@@ -62,7 +62,7 @@ class BertMultiLabelCls(nn.Module):
         bert = load_pretrained(BertModel, pretrained_model) if bert is None else bert
         if hidden_size not in (None, bert.config.hidden_size):
             raise InputError(f"hidden_size = {hidden_size}, but the encoder has {bert.config.hidden_size}")
-        self.fc = nn.Linear(bert.config.hidden_size, class_num)
+        self.fc = nn.Linear(bert.config.hidden_size, class_num, dtype=torch.float32)
         self.drop = FastDropout(dropout)
         self.bert = bert
         for parent in list(bert.modules()):

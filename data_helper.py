@@ -210,7 +210,7 @@ def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
 
 def restore_order(rows, dataloader):
     """Return rows (N, C) in the order of an eval_dataloader's dataset; 0 for those of other processes."""
-    ordered = torch.zeros(len(dataloader.dataset), rows.shape[1])
+    ordered = rows.new_zeros(len(dataloader.dataset), rows.shape[1])
     ordered[[i for batch in dataloader.sampler for i in batch]] = rows
     return ordered
 

@@ -791,12 +791,15 @@ def run_script(main, takes_texts=False):
             remedy = "settings are the constants at the top of the script; see --help"
             raise InputError(f"{options[0]!r}: not an argument of {os.path.basename(sys.argv[0])}; {remedy}")
         main()
+    except BrokenPipeError:  # whoever read the output has ended, as in: python predict.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(128 + 13)
     except Exception as error:
         if not is_main_process():
             time.sleep(10)  # only rank 0 reports a shared error; then torchrun ends the others
         if type(error).__name__ == "OutOfMemoryError":
             sys.exit("error: out of GPU memory; lower batch_size or max_len, or see nvidia-smi")
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError) and getattr(error, "errno", None) != errno.ENOSPC:
             raise
         message = f"error: {error}"
         in_terminal = sys.stderr is not None and sys.stderr.isatty()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
 
 import bert_multilabel_cls as ours
@@ -254,6 +255,37 @@ def test_a_script_runs_where_stdout_is_no_file(project, monkeypatch, stream):
     data_preprocess.run_script(data_preprocess.main)
     assert stream is None or "wrote    path=./data/label2idx.json" in stream.text
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+@pytest.mark.parametrize(
+    "script, output, said",
+    [
+        ("data_preprocess.py", "| head -n 1", ""),
+        ("data_preprocess.py", "| true", ""),
+        ("predict.py a b c", "| head -n 1", ""),
+        ("predict.py --help", "| true", ""),
+        ("data_preprocess.py", "> /dev/full", "error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_an_output_that_is_closed_or_full_ends_a_script_without_a_traceback(trained, script, output, said):
+    if "full" in output and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    name, *arguments = script.split()
+    command = f"{sys.executable} {root / name} {' '.join(arguments)} {output}"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert run.stderr == said
+
+
+def test_the_default_dtype_of_a_notebook_changes_nothing(trained, monkeypatch):
+    expected = predict.predict_proba(["中超开赛", "股市大涨"])
+    predict.load_once.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        answers = predict.predict_proba(["中超开赛", "股市大涨"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert answers.dtype == np.float32 and np.array_equal(answers, expected)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
