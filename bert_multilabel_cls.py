@@ -80,15 +80,15 @@ class BertMultiLabelCls(nn.Module):
             return torch.sigmoid(self.fc(self.drop(pooled.float())))
 
 
-def init_bias(fc, labels):
-    """Set the bias of the classifier to the log odds of each label's share in `labels` (N, C).
+def init_bias(fc, label_counts, num_texts):
+    """Set the bias of the classifier to the log odds of each label's share; label_counts (C,) of num_texts.
 
     Lin et al. 2017, arXiv 1708.02002, section 4.1. With a bias of 0 every label starts at a probability
     of 0.5; the first steps only push all of them down, and the model learns to predict nothing.
     """
-    smallest = 1 / (len(labels) + 1)  # keeps the odds finite
+    smallest = 1 / (num_texts + 1)  # keeps the odds finite
     with torch.no_grad():
-        fc.bias.copy_(labels.float().mean(0).clamp(smallest, 1 - smallest).logit())
+        fc.bias.copy_((label_counts.float() / num_texts).clamp(smallest, 1 - smallest).logit())
 
 
 def parameter_groups(model, encoder_lr, head_lr, weight_decay):

@@ -45,7 +45,9 @@ class MultiClsDataSet(Dataset):
     the other way round. With a list as index an item is a batch, padded to its own longest text.
     tokenizer: by default of `pretrained_model`. label2idx: by default read from label2idx_path. keep_tail:
     tokens kept from the end of a truncated text. examples: (text, labels) pairs in place of a file.
-    Stored are the ids, 4 bytes a token, and 1 byte a label of a text. lengths: (N,) tokens.
+    Stored are the ids, 4 bytes a token, and the columns of the labels that a text has, 4 bytes each:
+    label_ids, of all texts end to end; text i has label_ids[label_offsets[i] : label_offsets[i + 1]].
+    `labels` makes the matrix anew at each access. lengths: (N,) tokens.
     Raises InputError naming file and line if an example is invalid.
     """
 
@@ -63,13 +65,15 @@ class MultiClsDataSet(Dataset):
         self.class_num = len(self.label2idx)
         self.tokenizer = tokenizer or load_pretrained(BertTokenizer, bert_multilabel_cls.pretrained_model)
         self.max_len, self.keep_tail, self.pad_to_multiple_of = max_len, keep_tail, 1
-        self.ids, self.lengths, self.num_truncated, self.targets = self.encode_file(data_path, examples)
+        encoded = self.encode_file(data_path, examples)
+        self.ids, self.lengths, self.num_truncated, self.label_ids, self.label_offsets = encoded
         self.offsets = self.lengths.cumsum(0) - self.lengths
 
     input_ids = property(lambda self: self[:][0])
     attention_mask = property(lambda self: self[:][1])
     token_type_ids = property(lambda self: self[:][2])
-    labels = property(lambda self: self.targets.float())
+    labels = property(lambda self: self.dense_labels(torch.arange(len(self))))
+    label_counts = property(lambda self: torch.bincount(self.label_ids, minlength=self.class_num))
 
     def encoder(self, data_path):
         """Return (input_ids, token_type_ids, attention_mask, labels) of a data file."""
@@ -77,22 +81,32 @@ class MultiClsDataSet(Dataset):
         return other.input_ids, other.token_type_ids, other.attention_mask, other.labels
 
     def encode_file(self, data_path, examples=None):
-        """Return (ids, lengths, num_truncated) as `tokenize` does, and labels (N, C) uint8."""
-        targets = bytearray()
+        """Return (ids, lengths, num_truncated) as `tokenize` does, label_ids and label_offsets."""
+        label_ids, label_offsets = array("i"), array("q", [0])
 
         def iter_texts():
-            """Yield each text after adding its row of labels: no file is held in memory."""
+            """Yield each text after adding its labels: no file is held in memory."""
             for *_, text, labels in (
                 read_examples(data_path, self.label2idx) if examples is None else examples
             ):
-                row = bytearray(self.class_num)
-                for label in labels:
-                    row[self.label2idx[label]] = 1
-                targets.extend(row)
+                label_ids.extend(map(self.label2idx.__getitem__, dict.fromkeys(labels)))
+                label_offsets.append(len(label_ids))
                 yield text
 
         encoded = tokenize(self.tokenizer, iter_texts(), self.max_len, self.keep_tail)
-        return *encoded, torch.frombuffer(targets, dtype=torch.uint8).view(-1, self.class_num)
+        label_ids = label_ids or array("i", [0])  # PyTorch takes no empty buffer
+        label_ids = torch.frombuffer(label_ids, dtype=torch.int32)[: label_offsets[-1]]
+        return *encoded, label_ids, torch.frombuffer(label_offsets, dtype=torch.int64)
+
+    def dense_labels(self, indices):
+        """Return the labels (B, C) of the texts `indices` (B,), float32, 0 or 1."""
+        starts = self.label_offsets[indices]
+        counts = self.label_offsets[indices + 1] - starts
+        rows = torch.arange(len(indices)).repeat_interleave(counts)
+        places = torch.arange(len(rows)) + (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
+        labels = torch.zeros(len(indices), self.class_num, dtype=torch.float32)
+        labels[rows, self.label_ids[places].long()] = 1
+        return labels
 
     def __len__(self):
         return len(self.lengths)
@@ -103,7 +117,9 @@ class MultiClsDataSet(Dataset):
             longest = min(-int(-self.lengths[item].max() // multiple) * multiple, self.max_len)
         pad_token_id = self.tokenizer.pad_token_id or 0  # None: masked all the same
         tensors = pad_batch(self.ids, self.offsets[item], self.lengths[item], longest, pad_token_id)
-        return *tensors, self.targets[item].float()
+        indices = torch.tensor(item) if isinstance(item, list) else torch.arange(len(self))[item]
+        labels = self.dense_labels(indices.reshape(-1))
+        return *tensors, labels.view(*indices.shape, self.class_num)
 
 
 def tokenize(tokenizer, texts, max_len, keep_tail=0):

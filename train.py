@@ -117,7 +117,7 @@ def train():
 
     torch.manual_seed(seed)
     model = BertMultiLabelCls(None, len(label2idx), dropout, load_pretrained(BertModel, folder)).to(device)
-    init_bias(model.fc, train_dataset.targets)
+    init_bias(model.fc, train_dataset.label_counts, len(train_dataset))
     network = wrap_model(model, compile_model, world_size)  # what trains the weights of model
     criterion = nn.BCELoss()
     optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, head_lr, weight_decay), fused=True)

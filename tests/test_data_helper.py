@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,30 @@ def test_tensors_mean_what_their_names_say(dataset):
         torch.int64
     }
     assert dataset.class_num == 4 and dataset.max_len == 16 and len(dataset) == 6
+
+
+@pytest.mark.parametrize("num_labels, per_text", [(1, 1), (5, 5), (300, 4), (10_000, 3)])
+def test_labels_are_kept_sparse_and_handed_out_dense(tokenizer, num_labels, per_text):
+    """As a matrix, by one index, by a list and by a slice; texts without labels, and labels given twice."""
+    chance = random.Random(num_labels)
+    label2idx = {f"label {n}": n for n in range(num_labels)}
+    chosen = [chance.choices(range(num_labels), k=chance.randint(0, per_text)) for _ in range(50)]
+    chosen[3], chosen[-1] = [], []
+    examples = [("中超", [f"label {n}" for n in columns]) for columns in chosen]
+    dataset = MultiClsDataSet(None, 8, None, tokenizer, label2idx, 0, examples)
+    expected = torch.zeros(50, num_labels)
+    for row, columns in enumerate(chosen):
+        expected[row, columns] = 1
+    assert torch.equal(dataset.labels, expected)
+    assert torch.equal(dataset.label_counts, expected.sum(0).long())
+    for item in (0, 3, -1, [7, 3, 49, 7], [3], slice(10, 20), slice(None)):
+        assert torch.equal(dataset[item][3], expected[item])
+    assert dataset.label_ids.dtype == torch.int32 and len(dataset.label_ids) == expected.sum()
+
+
+def test_no_text_may_have_a_label(tokenizer):
+    dataset = MultiClsDataSet(None, 8, None, tokenizer, {"a": 0, "b": 1}, 0, [("中超", []), ("股市", [])])
+    assert dataset.labels.tolist() == [[0, 0], [0, 0]] and dataset.label_counts.tolist() == [0, 0]
 
 
 def test_an_item_is_ids_mask_types_labels(dataset):
@@ -307,17 +332,18 @@ json.dump(steps, open("steps" + os.environ.get("RANK", "0"), "w", encoding="utf-
 
 @pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
 def test_a_large_file_is_read_fast_and_kept_small(tmp_path, encoder_folder):
-    """In its own process, for the peak: stored 4 bytes a token and 1 a label, at most half of it on top."""
+    """In its own process, for the peak: 4 bytes a token and a label that is there, of 10,000, half on top."""
+    labels = [f"标签{n}" for n in (7, 99, 1234, 5678, 9999)]
     path = write_jsonl(
-        tmp_path / "a.json", [("中超股市今日开赛大涨球" * 5, ["体育"])] * 40_000
+        tmp_path / "a.json", [("中超股市今日开赛大涨球" * 5, labels)] * 40_000
     )  # 55 characters
     measure = f"""
 import resource, time, data_helper
 from data_helper import MultiClsDataSet, BertTokenizer
 tokenizer = BertTokenizer.from_pretrained({encoder_folder!r})
-labels = dict((f"标签{{n}}", n) for n in range(299)) | {{"体育": 299}}
+labels = {{f"标签{{n}}": n for n in range(10_000)}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-MultiClsDataSet({path!r}, 128, tokenizer=tokenizer, label2idx={{"体育": 0}})  # tokenizing itself
+MultiClsDataSet(None, 128, tokenizer=tokenizer, label2idx=labels, examples=[("中超", [])])  # the tokenizer
 before, start = peak(), time.perf_counter()
 dataset = MultiClsDataSet({path!r}, 128, tokenizer=tokenizer, label2idx=labels)
 seconds = time.perf_counter() - start
@@ -328,7 +354,7 @@ print(kept, peak() - before, len(dataset) / seconds)
         [sys.executable, "-c", measure], cwd=root, capture_output=True, text=True, check=True
     )
     kept, peak, speed = map(float, run.stdout.split())
-    assert kept == 40_000 * (57 * 4 + 300 + 8 + 8) and peak < 1.5 * kept
+    assert kept == 40_000 * (57 * 4 + 5 * 4 + 3 * 8) + 8 and peak < 1.5 * kept
     assert speed > 2000  # one thread of a busy machine; README has what two cores do
 
 
