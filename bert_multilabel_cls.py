@@ -314,16 +314,18 @@ def load_tokenizer(folder, config, fine_tuned=False):
     if not described and not is_known:
         reason = "is not one of transformers, and code of its own is not run"
         raise InputError(f"{folder}: its tokenizer, {name}, {reason}")
+    options = {"tokenizer_type": "bert-japanese"} if name == "BertJapaneseTokenizer" else {}
+    cls = AutoTokenizer if is_known and not is_bert else PreTrainedTokenizerFast
+    cls = BertTokenizer if is_bert and is_wordpiece(described) else cls
     try:
-        if is_bert and is_wordpiece(described):
-            tokenizer = BertTokenizer.from_pretrained(folder)
-            if not fine_tuned and (changes := choose_casing(tokenizer, settings)):
-                tokenizer = BertTokenizer.from_pretrained(folder, **changes)
-        elif is_known and not is_bert:
-            kind = {"tokenizer_type": "bert-japanese"} if name == "BertJapaneseTokenizer" else {}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **kind)
-        else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = cls.from_pretrained(folder, **options)
+        if (
+            tokenizer.mask_token_id or 0
+        ) >= config.vocab_size:  # added by transformers, needed by nobody here
+            options["mask_token"] = None
+            tokenizer = cls.from_pretrained(folder, **options)
+        if cls is BertTokenizer and not fine_tuned and (changes := choose_casing(tokenizer, settings)):
+            tokenizer = cls.from_pretrained(folder, **options, **changes)
     except Exception as error:
         reason = f"its tokenizer, {name}, cannot be loaded ({short_message(error)})"
         raise InputError(f"{folder}: {reason}") from None

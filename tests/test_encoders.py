@@ -400,6 +400,32 @@ def test_an_odd_line_of_a_vocabulary_does_not_move_the_ids_after_it(encoder, lin
     assert tokenizer("超" + TOKENS[7] + TOKENS[20])["input_ids"] == [2, 6, 7 + shift, 20 + shift, 3]
 
 
+@pytest.mark.parametrize("files", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("do_lower_case", [True, False])
+def test_a_vocabulary_without_mask_is_read(encoder, project, monkeypatch, files, do_lower_case):
+    """transformers adds [MASK] beyond the embeddings; [MASK] in a text is then text as any other."""
+    folder, weights = encoder
+    tokens = [token for token in TOKENS if token != "[MASK]"]
+    os.remove(folder / "tokenizer.json")
+    (folder / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+    dump_json({"do_lower_case": do_lower_case}, f"{folder}/tokenizer_config.json")
+    if files == "tokenizer.json":
+        BertTokenizer.from_pretrained(folder, mask_token=None).backend_tokenizer.save(
+            f"{folder}/tokenizer.json"
+        )
+        os.remove(folder / "vocab.txt")
+    name = "embeddings.word_embeddings.weight"
+    save_file({**weights, name: weights[name][1:].clone()}, folder / "model.safetensors")
+    dump_json(json.loads((folder / "config.json").read_text()) | {"vocab_size": 23}, f"{folder}/config.json")
+    monkeypatch.setattr(ours, "pretrained_model", str(folder))
+    train.train()
+    answers = predict.predict_proba(["中[MASK]超", "中超"])
+    pipe = pipeline("text-classification", model="./model", top_k=None)
+    for text, row in zip(["中[MASK]超", "中超"], answers, strict=True):
+        scores = {score["label"]: score["score"] for score in pipe([text])[0]}
+        assert [scores[label] for label in predict.get_labels()] == pytest.approx(row.tolist(), abs=1e-5)
+
+
 def test_settings_that_a_tokenizer_json_keeps_for_others_change_nothing(encoder):
     """Truncation and padding, as sentence-transformers stores them, and the sides of both."""
     folder, _ = encoder
