@@ -783,8 +783,10 @@ def run_script(main, takes_texts=False):
         for number in (*termination_signals(), signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
                 handlers[number] = signal.signal(number, end_script)
+    is_script = main.__module__ == "__main__"
     try:
-        options = [argument for argument in sys.argv[1:] if argument.startswith("-") or not takes_texts]
+        given = sys.argv[1:] if is_script or not is_interactive() else []  # those of Jupyter are not ours
+        options = [argument for argument in given if argument.startswith("-") or not takes_texts]
         if {"-h", "--help"} & set(options):
             return print_help()
         if options:
@@ -808,7 +810,7 @@ def run_script(main, takes_texts=False):
         sys.exit(128 + signal.SIGINT)
     finally:
         # A process that ends is not interrupted in its last steps; in Jupyter it goes on.
-        ends = main.__module__ == "__main__" and not is_interactive()
+        ends = is_script and not is_interactive()
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_IGN if ends else handler)
 

@@ -257,6 +257,16 @@ def test_a_script_runs_where_stdout_is_no_file(project, monkeypatch, stream):
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_the_arguments_of_jupyter_are_not_taken_for_ours(project, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    with pytest.raises(SystemExit, match="'-f': not an argument of ipykernel_launcher.py"):
+        data_preprocess.run_script(data_preprocess.main)
+    monkeypatch.setitem(sys.modules, "ipykernel", data_preprocess)
+    os.remove("data/label2idx.json")
+    data_preprocess.run_script(data_preprocess.main)
+    assert os.path.exists("data/label2idx.json")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
 @pytest.mark.parametrize(
     "script, output, said",
