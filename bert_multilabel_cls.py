@@ -319,10 +319,8 @@ def load_tokenizer(folder, config, fine_tuned=False):
     cls = BertTokenizer if is_bert and is_wordpiece(described) else cls
     try:
         tokenizer = cls.from_pretrained(folder, **options)
-        if (
-            tokenizer.mask_token_id or 0
-        ) >= config.vocab_size:  # added by transformers, needed by nobody here
-            options["mask_token"] = None
+        if (tokenizer.mask_token_id or 0) >= config.vocab_size:
+            options["mask_token"] = None  # transformers added it; nothing here needs it
             tokenizer = cls.from_pretrained(folder, **options)
         if cls is BertTokenizer and not fine_tuned and (changes := choose_casing(tokenizer, settings)):
             tokenizer = cls.from_pretrained(folder, **options, **changes)
@@ -662,9 +660,9 @@ def autocast(device, dtype):
 
 
 def limit_threads():
-    """Let PyTorch use no more threads than the CPUs that a container allows; it counts the machine's."""
+    """Let PyTorch use no more threads than the CPUs that a container allows, and one after a fork."""
     survive_fork()
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:  # else PyTorch counts those of the machine
         torch.set_num_threads(math.ceil(min(torch.get_num_threads(), allowed_cpus())))
 
 

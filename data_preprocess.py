@@ -797,15 +797,8 @@ def run_script(main, takes_texts=False):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         sys.exit(128 + 13)
     except Exception as error:
-        if not is_main_process():
-            time.sleep(10)  # only rank 0 reports a shared error; then torchrun ends the others
-        if type(error).__name__ == "OutOfMemoryError":
-            sys.exit("error: out of GPU memory; lower batch_size or max_len, or see nvidia-smi")
-        if not isinstance(error, InputError) and getattr(error, "errno", None) != errno.ENOSPC:
-            raise
-        message = f"error: {error}"
-        in_terminal = sys.stderr is not None and sys.stderr.isatty()
-        sys.exit("\n".join(wrap(message, get_columns())) if in_terminal else message)
+        exit_with_message(error)
+        raise
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
@@ -813,6 +806,18 @@ def run_script(main, takes_texts=False):
         ends = is_script and not is_interactive()
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_IGN if ends else handler)
+
+
+def exit_with_message(error):
+    """Exit with code 1 and one line on stderr, if that is all an error needs."""
+    if not is_main_process():
+        time.sleep(10)  # only rank 0 reports a shared error; then torchrun ends the others
+    if type(error).__name__ == "OutOfMemoryError":
+        sys.exit("error: out of GPU memory; lower batch_size or max_len, or see nvidia-smi")
+    if isinstance(error, InputError) or getattr(error, "errno", None) == errno.ENOSPC:
+        message = f"error: {error}"
+        in_terminal = sys.stderr is not None and sys.stderr.isatty()
+        sys.exit("\n".join(wrap(message, get_columns())) if in_terminal else message)
 
 
 def end_script(number, _):

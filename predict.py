@@ -31,16 +31,8 @@ from bert_multilabel_cls import load_model, predict_probs
 from data_helper import MultiClsDataSet, all_gather_object, all_reduce, confusion_counts, eval_dataloader
 from data_helper import init_distributed, metrics_from_counts, per_label_metrics, restore_order
 from data_preprocess import InputError, atomic_write, check_labels, check_number, check_surrogates, check_text
-from data_preprocess import (
-    check_writable,
-    decode_utf8,
-    escape,
-    file_format,
-    is_main_process,
-    label_names,
-    log,
-)
-from data_preprocess import log_label_metrics, log_metrics, parse_json_line, plain_constants, read_lines
+from data_preprocess import check_writable, decode_utf8, escape, file_format, is_main_process, label_names
+from data_preprocess import log, log_label_metrics, log_metrics, parse_json_line, plain_constants, read_lines
 from data_preprocess import read_table, run_script, sibling_path, table_labels
 
 # JSONL with a "text" in each line; .csv or .tsv, whose text_column is set in data_preprocess.py; or plain

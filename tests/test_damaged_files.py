@@ -20,7 +20,7 @@ import predict
 import train
 from conftest import EXAMPLES, contents
 from data_helper import MultiClsDataSet, eval_dataloader
-from data_preprocess import InputError, dump_json, load_json
+from data_preprocess import InputError, load_json
 
 num_inputs = int(os.environ.get("DAMAGED_INPUTS", "6"))  # of each file and kind of damage
 values = [None, "", "x", "▁", 0, -1, 1e308, 10**30, 2**31, [], [[]], {}, {"a": None}, True, float("nan"), 3.5]
@@ -46,7 +46,7 @@ def damage_json(data, rng):
     """Return JSON, or JSONL, with one value, key or element replaced, removed or added."""
     lines = data.decode("utf-8").splitlines() if b"}\n{" in data else [data.decode("utf-8")]
     number = rng.randrange(len(lines))
-    parsed = copy.deepcopy(json.loads(lines[number]))
+    parsed = json.loads(lines[number])
     nodes, found = [parsed], []
     while nodes:
         node = nodes.pop()
@@ -69,32 +69,32 @@ def damage_json(data, rng):
     return "\n".join(lines).encode("utf-8")
 
 
-def load(encoder):
+def load():
     """Read the encoder and compute with it."""
-    tokenizer = ours.load_pretrained(BertTokenizer, encoder)
-    bert = ours.load_pretrained(BertModel, encoder)
+    tokenizer = ours.load_pretrained(BertTokenizer, "./encoder")
+    bert = ours.load_pretrained(BertModel, "./encoder")
     dataset = MultiClsDataSet(None, 16, None, tokenizer, {"a": 0}, 0, [(text, ["a"]) for text, _ in EXAMPLES])
     for *inputs, _ in eval_dataloader(dataset, 4, "cpu"):
         ours.pooler_output(bert, *inputs)
 
 
-def label(_):
+def label():
     """Predict with the model in ./model."""
     predict.load_once.cache_clear()
     assert len(predict.predict_with_scores([text for text, _ in EXAMPLES])) == len(EXAMPLES)
 
 
-def label_file(_):
+def label_file():
     """Predict the texts of a file."""
     predict.main()
 
 
-def split(_):
+def split():
     """Split a table into ./split, read what was written, and write the label index."""
     data_preprocess.main()
 
 
-def fit(_):
+def fit():
     """Train, on from a checkpoint if there is one."""
     train.train()
 
@@ -173,11 +173,10 @@ def prepare(path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(train, "save_model", stop)
             train.train()
-        dump_json({}, "model/empty.json")
 
 
 def in_time(seconds):
-    """Let SIGALRM raise an error after some seconds."""
+    """Let SIGALRM raise an error after some seconds; 0: never mind."""
 
     def end(*_):
         raise TimeoutError(f"not done within {seconds} s")
@@ -194,8 +193,7 @@ def test_a_damaged_file_is_read_or_refused_in_a_sentence(
     """And no other file is changed, whatever the damage; the number of the damage is that of its seed."""
     prepare(path, monkeypatch)
     whole, damage = Path(path).read_bytes(), damage_bytes if kind == "bytes" else damage_json
-    read, refused, faults = 0, 0, []
-    whole_model = tmp_path_factory.mktemp("whole") / "model"
+    faults, whole_model = [], tmp_path_factory.mktemp("whole") / "model"
     shutil.copytree("model", whole_model)
     for seed in range(num_inputs):
         damaged = damage(whole, random.Random(f"{path} {kind} {seed}"))
@@ -203,16 +201,14 @@ def test_a_damaged_file_is_read_or_refused_in_a_sentence(
         before, start = contents("."), time.monotonic()
         in_time(10)
         try:
-            places[path]("./encoder")
-            read += 1
+            places[path]()
         except InputError as error:
-            refused += 1
-            assert "\n" not in str(error) and "; code of" not in str(error)
+            assert "\n" not in str(error)
             assert contents(".") == before, (seed, str(error))
         except BaseException as error:
             faults.append((seed, f"{error!r:.200}"))
         finally:
-            signal.alarm(0)
+            in_time(0)
         assert time.monotonic() - start < 10, seed
         after = contents(".")
         inputs = [name for name in before if not name.startswith(("model", "split", "labelled"))]
@@ -222,5 +218,4 @@ def test_a_damaged_file_is_read_or_refused_in_a_sentence(
         if "split" not in path:
             shutil.rmtree("split", ignore_errors=True)
         Path("labelled.json").unlink(missing_ok=True)
-    print(f"{path} {kind}: {read} read, {refused} refused, {len(faults)} faults")
     assert not faults
