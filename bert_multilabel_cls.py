@@ -21,6 +21,7 @@ import shutil
 import threading
 import unicodedata
 from contextlib import contextmanager, suppress
+from itertools import islice
 from importlib.util import find_spec
 
 import safetensors.torch
@@ -42,6 +43,7 @@ pretrained_model = default_model  # any BERT: a Hugging Face id, or a local fold
 hub_timeout = 8  # seconds after which the hub counts as unreachable
 # What training wraps around a network stands before the names of its weights.
 known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
+batches_in_flight = 8  # batches a GPU is given before the CPU waits for the first of them
 load_lock = threading.RLock()  # one thread at a time loads
 tokenizer_files = "*token*.json vocab.* *.model merges.txt bpe.codes".split()
 run_files = (
@@ -728,23 +730,25 @@ def oom_hint(input_ids):
 
 
 @torch.inference_mode()
-def predict_probs(model, dataloader, dtype=torch.float32):
-    """Return (probs, labels), each (N, C) float32 on the CPU, in the order of the batches.
+def predict_batches(model, dataloader, dtype=torch.float32):
+    """Yield (probs, labels) of each batch, (B, C) float32 on the CPU.
 
     dtype: of autocast, where the weights are float32.
     The model is left in eval mode. Raises InputError on NaN, or if memory runs out.
     """
     model.eval()
-    device, probs, labels = model.fc.weight.device, [], [torch.empty(0, model.fc.out_features)]
+    device, batches = model.fc.weight.device, iter(dataloader)
     dtype = dtype if model.bert.dtype == torch.float32 else torch.float32
-    for *inputs, batch_labels in dataloader:
-        with oom_hint(inputs[0]), autocast(device, dtype):
-            probs.append(model(*(tensor.to(device, non_blocking=True) for tensor in inputs)))
-        labels.append(batch_labels)
-    probs = torch.cat(probs).cpu() if probs else labels[0]
-    if not probs.isfinite().all():
-        raise InputError('the network outputs NaN; set precision = "fp32", or train with a lower lr')
-    return probs, torch.cat(labels)
+    while group := list(islice(batches, batches_in_flight)):
+        outputs = []
+        for *inputs, _ in group:
+            with oom_hint(inputs[0]), autocast(device, dtype):
+                outputs.append(model(*(tensor.to(device, non_blocking=True) for tensor in inputs)))
+        for probs, (*_, labels) in zip(outputs, group, strict=True):
+            probs = probs.cpu()
+            if not probs.isfinite().all():
+                raise InputError('the network outputs NaN; set precision = "fp32", or train with a lower lr')
+            yield probs, labels
 
 
 def pooler_output(bert, input_ids, attention_mask, token_type_ids):

@@ -11,6 +11,7 @@ import re
 from array import array
 from collections import Counter
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,10 @@ from data_preprocess import read_examples, run_script
 tokenize_chunk_size = 1000  # texts tokenized at a time
 max_chars_per_token = 1000  # characters read for each token kept: no need to tokenize 10 MB for one text
 mega_batch_mult = 50  # batches whose texts are drawn at random and then sorted by length
+
+threshold_grid = torch.arange(5, 96) / 100  # what thresholds are chosen from
+num_bins, first_bin = 64, 427  # of probabilities up to 0.05, by the first 11 bits of a float32: 4 an octave
+ranks = (1, 3, 5)  # k of precision@k and nDCG@k
 
 # The small BERT that train.py trains from scratch if bert-base-chinese is missing.
 scratch_config = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
@@ -224,18 +229,113 @@ def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
     return DataLoader(dataset, batch_size=None, sampler=batches, pin_memory=str(device).startswith("cuda"))
 
 
-def restore_order(rows, dataloader):
-    """Return rows (N, C) in the order of an eval_dataloader's dataset; 0 for those of other processes."""
-    ordered = rows.new_zeros(len(dataloader.dataset), rows.shape[1])
-    ordered[[i for batch in dataloader.sampler for i in batch]] = rows
-    return ordered
+class Predictions(NamedTuple):
+    """What scores, thresholds and errors of N texts and C labels need, without matrices of N x C.
+
+    texts, columns, probs, true: (E,), an entry for each label of a text that is true or has a probability
+    above the lowest threshold. rejected: (bins, C), how many other entries have a probability in each bin.
+    sums: {name: sum over the texts} of the loss and of what depends on the order of a text's labels.
+    """
+
+    texts: torch.Tensor
+    columns: torch.Tensor
+    probs: torch.Tensor
+    true: torch.Tensor
+    rejected: torch.Tensor
+    sums: Counter
+    num_texts: int
+    num_labels: int
 
 
-def confusion_counts(labels, predicted):
-    """Return int64 (5, C) of bool matrices (N, C): support, predicted, true positives, N, exact matches."""
-    exact_matches = (labels == predicted).all(1).sum()
-    rows = [labels.sum(0), predicted.sum(0), (labels & predicted).sum(0)]
-    return torch.stack([*rows, *(torch.full_like(rows[0], n) for n in (len(labels), exact_matches))])
+def collect_predictions(batches, num_labels, criterion, sampler=None):
+    """Return the Predictions of batches (probs, labels), each (B, C).
+
+    sampler: an iterator over the indices of each batch; by default the texts are numbered as they come.
+    """
+    rejected = torch.zeros(num_bins * num_labels, dtype=torch.int32)
+    entries = [(*torch.empty(2, 0, dtype=torch.int32), torch.empty(0), torch.empty(0, dtype=torch.bool))]
+    sums, num_texts = Counter(), 0
+    for probs, labels in batches:
+        texts = next(sampler) if sampler else range(num_texts, num_texts + len(labels))
+        true = labels > 0.5
+        kept = true | (probs > threshold_grid[0])
+        rows, columns = kept.nonzero(as_tuple=True)
+        entries.append((torch.tensor(texts)[rows].int(), columns.int(), probs[kept], true[kept]))
+        bins = (probs.contiguous().view(torch.int32) // 2**21 - first_bin).clamp(0, num_bins - 1)
+        cells = bins * num_labels + torch.arange(num_labels)
+        rejected.scatter_add_(0, cells.flatten(), (~kept).int().flatten())
+        sums.update(ranking_sums(probs, labels))
+        sums["loss"] += criterion(probs, labels).item() * len(labels)
+        num_texts += len(labels)
+    entries = map(torch.cat, zip(*entries, strict=True))
+    return Predictions(*entries, rejected.view(num_bins, num_labels), sums, num_texts, num_labels)
+
+
+def gather_predictions(predictions):
+    """Return the Predictions of all processes in one, sorted by text."""
+    parts = all_gather_object(predictions)
+    *entries, rejected, sums, num_texts, _ = zip(*parts, strict=True)
+    entries = [torch.cat(tensors) for tensors in entries]
+    order = entries[0].argsort(stable=True)
+    total = Counter()
+    for part in sums:
+        total.update(part)
+    entries = [tensor[order] for tensor in entries]
+    return Predictions(*entries, sum(rejected), total, sum(num_texts), predictions.num_labels)
+
+
+def ranking_sums(probs, labels):
+    """Return {metric: sum over the texts} of precision@k and nDCG@k; a text without labels counts as 0."""
+    sums, num_true = {}, labels.sum(1).long()
+    for k in (k for k in ranks if k <= labels.shape[1]):
+        hits = labels.gather(1, probs.topk(k).indices).double()
+        discounts = 1 / torch.arange(2, k + 2).double().log2()
+        ideal = discounts.cumsum(0)[num_true.clamp(1, k) - 1]
+        sums |= {
+            f"precision@{k}": hits.mean(1).sum().item(),
+            f"ndcg@{k}": (hits @ discounts / ideal).sum().item(),
+        }
+    return sums
+
+
+def average_precision(predictions):
+    """Return the average precision of each label, (C,), as scikit-learn defines it; NaN without examples.
+
+    Below the lowest threshold all of a bin, a fifth wide, count as equal: there it is a lower bound.
+    """
+    bins, columns = predictions.rejected.nonzero(as_tuple=True)
+    edges = ((bins + first_bin + 1) * 2**21).int().view(torch.float32).clamp(max=threshold_grid[0])
+    probs = torch.cat([predictions.probs, edges])
+    sizes = torch.cat([torch.ones_like(predictions.columns), predictions.rejected[bins, columns]])
+    true = torch.cat([predictions.true, torch.zeros_like(columns, dtype=torch.bool)])
+    columns = torch.cat([predictions.columns, columns])
+    order = probs.argsort(descending=True)
+    order = order[columns[order].argsort(stable=True)]
+    probs, sizes, true, columns = probs[order], sizes[order], true[order], columns[order].long()
+    support = torch.bincount(columns[true], minlength=predictions.num_labels)
+    found = true.cumsum(0) - (support.cumsum(0) - support)[columns]
+    above = sizes.cumsum(0) - columns * predictions.num_texts
+    differs = (columns.diff() != 0) | (probs.diff() != 0)
+    ends = torch.cat([differs, torch.ones(1, dtype=torch.bool)]).nonzero().flatten()  # of equal probabilities
+    last = ends[torch.searchsorted(ends, true.nonzero().flatten())]
+    return torch.bincount(columns[true], (found / above)[last], predictions.num_labels) / support
+
+
+def exceed(predictions, threshold):
+    """Return which entries are above the threshold, (E,) bool; threshold: one for all labels, or (C,)."""
+    thresholds = torch.as_tensor(threshold, dtype=torch.float32).expand(predictions.num_labels)
+    return predictions.probs > thresholds[predictions.columns]
+
+
+def confusion_counts(texts, columns, true, predicted, num_texts, num_labels):
+    """Return int64 (5, C): support, predicted, true positives, N, exact matches.
+
+    Of the entries (E,) that are true, predicted or both; others do no harm.
+    """
+    masks = (true, predicted, true & predicted)
+    rows = [torch.bincount(columns[mask], minlength=num_labels) for mask in masks]
+    exact_matches = num_texts - len(texts[true != predicted].unique())
+    return torch.stack([*rows, *(torch.full_like(rows[0], n) for n in (num_texts, exact_matches))])
 
 
 def precision_recall_f1(support, predicted, true_positives):
@@ -265,64 +365,86 @@ def per_label_metrics(counts, names):
     return {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
-def compute_metrics(labels, probs, threshold=0.5):
-    """Return {metric: value} of labels and probs (N, C); threshold: one for all labels, or (C,)."""
-    return metrics_from_counts(confusion_counts(labels > 0.5, probs > threshold))
+def count_entries(predictions, predicted):
+    """Return confusion_counts of Predictions and which of their entries are predicted, (E,) bool."""
+    texts, columns, _, true, *_ = predictions
+    return confusion_counts(texts, columns, true, predicted, predictions.num_texts, predictions.num_labels)
 
 
-def metrics_report(labels, probs, names, thresholds):
-    """Return metrics at 0.5 and at the tuned thresholds, and by label at 0.5."""
+def compute_metrics(predictions, threshold=0.5):
+    """Return {metric: value} of Predictions; threshold: one for all labels, or (C,), at least 0.05."""
+    predicted = exceed(predictions, threshold)
+    true = predictions.true.int()
+    found, total = (
+        torch.bincount(predictions.texts, values, predictions.num_texts)
+        for values in (true * predicted, true + predicted)
+    )
+    samples_f1 = (2 * found / total.clamp(min=1)).mean().item()  # 0 for a text with neither
+    return metrics_from_counts(count_entries(predictions, predicted)) | {"samples_f1": samples_f1}
+
+
+def ranking_metrics(predictions):
+    """Return {metric: value} of what needs no threshold."""
+    precision = average_precision(predictions)
+    means = {name: total / predictions.num_texts for name, total in sorted(predictions.sums.items())}
+    means["mean_average_precision"] = precision.nanmean().item()
+    return means | {"labels_without_examples": int(precision.isnan().sum())}
+
+
+def metrics_report(predictions, names, thresholds):
+    """Return metrics at 0.5 and at the tuned thresholds, those without a threshold, and by label at 0.5."""
     by_label = torch.tensor([thresholds["by_label"][name] for name in names])
-    tuned = {"at_single": compute_metrics(labels, probs, thresholds["single"])}
-    tuned["at_by_label"] = compute_metrics(labels, probs, by_label)
-    by_label = per_label_metrics(confusion_counts(labels > 0.5, probs > 0.5), names)
-    return {"at_0.5": compute_metrics(labels, probs), **tuned, "by_label": by_label}
+    tuned = {"at_single": compute_metrics(predictions, thresholds["single"])}
+    tuned["at_by_label"] = compute_metrics(predictions, by_label)
+    by_label = per_label_metrics(count_entries(predictions, exceed(predictions, 0.5)), names)
+    metrics = ranking_metrics(predictions) | {"at_0.5": compute_metrics(predictions)}
+    return metrics | tuned | {"by_label": by_label}
 
 
-def tune_thresholds(labels, probs, names, min_label_support):
+def tune_thresholds(predictions, names, min_label_support):
     """Return {"single": t, "by_label": {name: t}} from 0.05 to 0.95, with the best micro F1, or F1 by label.
 
     At a tie the nearest to 0.5; a label with fewer than min_label_support examples takes the single one.
     For dev only: on the texts they were tuned on, thresholds always look good.
     """
-    grid = torch.arange(5, 96) / 100
-    shape = len(grid) + 1, labels.shape[1]
-    keys = torch.bucketize(probs, grid) * shape[1] + torch.arange(shape[1])  # (thresholds exceeded, label)
+    shape = len(threshold_grid) + 1, predictions.num_labels
+    keys = torch.bucketize(predictions.probs, threshold_grid) * shape[1] + predictions.columns
 
     def above(keys):
         """Return (91, C): for each threshold and label, how many entries are above it."""
-        counts = torch.bincount(keys.flatten(), minlength=shape[0] * shape[1]).view(shape)
+        counts = torch.bincount(keys, minlength=shape[0] * shape[1]).view(shape)
         return counts.flip(0).cumsum(0).flip(0)[1:].double()
 
-    nearest_first = sorted(range(len(grid)), key=lambda i: abs(i - 45))
+    nearest_first = sorted(range(len(threshold_grid)), key=lambda i: abs(i - 45))
 
     def best(support, predicted, true_positives):
         """Return for each column the threshold with the best F1."""
         f1 = precision_recall_f1(support, predicted, true_positives)[2][nearest_first]
         return [(5 + nearest_first[i]) / 100 for i in f1.numpy().argmax(0).flatten()]
 
-    support, predicted, true_positives = labels.sum(0).double(), above(keys), above(keys[labels > 0.5])
+    support = torch.bincount(predictions.columns[predictions.true], minlength=shape[1]).double()
+    predicted, true_positives = above(keys), above(keys[predictions.true])
     [single] = best(support.sum(), predicted.sum(1, keepdim=True), true_positives.sum(1, keepdim=True))
     by_label = zip(best(support, predicted, true_positives), support >= min_label_support, strict=True)
     by_label = [own if enough else single for own, enough in by_label]
     return {"single": single, "by_label": dict(zip(names, by_label, strict=True))}
 
 
-def misclassified(examples, labels, probs, names):
-    """Return a dict for each (location, text, labels) with a wrong label at 0.5, the most confident first."""
-    true, predicted = labels > 0.5, probs > 0.5
-    max_error = torch.where(true, 1 - probs, probs).max(1).values
-    rows = []
-    for i in max_error.argsort(descending=True, stable=True).tolist():
-        if not torch.equal(true[i], predicted[i]):
-            shown = (true[i] | predicted[i]).nonzero().flatten().tolist()
-            file, _, line = examples[i][0].rpartition(":")
-            row = {"file": file, "line": int(line), "text": examples[i][1]}
-            row["true"] = [names[c] for c in shown if true[i, c]]
-            row["predicted"] = [names[c] for c in shown if predicted[i, c]]
-            row["probability"] = {names[c]: round(probs[i, c].item(), 4) for c in shown}
-            rows.append(row)
-    return rows
+def misclassified(examples, predictions, names):
+    """Yield a dict for each (location, text, labels) with a wrong label at 0.5, the most confident first."""
+    texts, columns, probs, true, *_ = predictions
+    predicted = probs > 0.5
+    wrong = texts[predicted != true]
+    order = (probs - true.float()).abs()[predicted != true].argsort(descending=True, stable=True)
+    ends = torch.bincount(texts, minlength=predictions.num_texts).cumsum(0).tolist()
+    for i in dict.fromkeys(wrong[order].tolist()):
+        shown = [e for e in range(ends[i - 1] if i else 0, ends[i]) if true[e] or predicted[e]]
+        file, _, line = examples[i][0].rpartition(":")
+        row = {"file": file, "line": int(line), "text": examples[i][1]}
+        row["true"] = [names[columns[e]] for e in shown if true[e]]
+        row["predicted"] = [names[columns[e]] for e in shown if predicted[e]]
+        row["probability"] = {names[columns[e]]: round(probs[e].item(), 4) for e in shown}
+        yield row
 
 
 def init_distributed(device):

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import data_preprocess
 from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, limit_threads, load_lock
-from bert_multilabel_cls import load_model, predict_probs
+from bert_multilabel_cls import load_model, predict_batches
 from data_helper import MultiClsDataSet, all_gather_object, all_reduce, confusion_counts, eval_dataloader
-from data_helper import init_distributed, metrics_from_counts, per_label_metrics, restore_order
+from data_helper import init_distributed, metrics_from_counts, per_label_metrics
 from data_preprocess import InputError, atomic_write, check_labels, check_number, check_surrogates, check_text
 from data_preprocess import check_writable, decode_utf8, escape, file_format, is_main_process, label_names
 from data_preprocess import log, log_label_metrics, log_metrics, parse_json_line, plain_constants, read_lines
@@ -70,10 +70,11 @@ def predict_with_scores(texts):
     if not examples:
         return []
     model, tokenizer, label2idx = get_model()
-    names, results = label_names(label2idx), []
+    names, results = label_names(label2idx), [[]] * len(examples)
     thresholds = get_thresholds(model.bert.config, names)
-    for _, probs in iter_probs(examples, model, tokenizer, label2idx):
-        results += name_labels(probs, choose_labels(probs, thresholds), names)
+    for indices, probs, _ in iter_probs(examples, model, tokenizer, label2idx):
+        for i, row, chosen in zip(indices, probs, choose_labels(probs, thresholds), strict=True):
+            results[i] = [(names[c], float(row[c])) for c in np.flatnonzero(chosen)]
     return results
 
 
@@ -81,8 +82,10 @@ def predict_proba(texts):
     """Return the probabilities of all labels, (N, C) float32, columns as get_labels; raises as predict."""
     examples = [(text, ()) for text in check_texts(texts)]
     model, tokenizer, label2idx = get_model()
-    probs = [probs for _, probs in iter_probs(examples, model, tokenizer, label2idx)]
-    return np.concatenate([np.empty((0, len(label2idx)), dtype=np.float32), *probs])
+    result = np.empty((len(examples), len(label2idx)), dtype=np.float32)
+    for indices, probs, _ in iter_probs(examples, model, tokenizer, label2idx):
+        result[indices] = probs
+    return result
 
 
 def get_labels():
@@ -121,13 +124,14 @@ def predict_file():
         file.write(header)
         for items in read_shards(rank, world_size, num_texts):
             examples = [(text, labels or ()) for _, text, labels, _ in items]
-            rows = b""
-            for labels, probs in iter_probs(examples, model, tokenizer, label2idx, on_batch):
+            rows = [b""] * len(items)
+            for batch, probs, true in iter_probs(examples, model, tokenizer, label2idx, on_batch):
                 chosen = choose_labels(probs, thresholds)
-                labelled = [item[2] is not None for item in items]
-                counts += confusion_counts(labels[labelled] > 0.5, torch.from_numpy(chosen[labelled]))
-                rows = b"".join(map(format_row, items, chosen, probs))
-            file.writelines(all_gather_object(rows))
+                labelled = [items[i][2] is not None for i in batch]
+                counts += count_batch(true[labelled], chosen[labelled])
+                for i, *row in zip(batch, chosen, probs, strict=True):
+                    rows[i] = format_row(items[i], *row)
+            file.writelines(all_gather_object(b"".join(rows)))
     log_scores(all_reduce(counts), names)
     seconds = time.perf_counter() - start_time
     speed = f"{num_texts / seconds:.1f}texts/s"
@@ -135,27 +139,22 @@ def predict_file():
 
 
 def iter_probs(examples, model, tokenizer, label2idx, on_batch=lambda batch: batch):
-    """Yield (labels, probs), each (up to chunk_size, C), for (text, labels) pairs, in their order."""
+    """Yield (indices, probs, labels) of batches of (text, labels) pairs: B numbers, and (B, C) each."""
     check_numbers(model.bert.config)
     length, tail = get_truncation(model.bert.config)
     for start in range(0, len(examples), chunk_size):
         chunk = examples[start : start + chunk_size]
         dataset = MultiClsDataSet(None, length, None, tokenizer, label2idx, tail, chunk)
         dataloader = eval_dataloader(dataset, batch_size, device)
-        probs, _ = predict_probs(model, map(on_batch, dataloader))
-        yield dataset.labels, restore_order(probs, dataloader).numpy()
+        batches = predict_batches(model, map(on_batch, dataloader))
+        for indices, (probs, labels) in zip(dataloader.sampler, batches, strict=True):
+            yield [start + i for i in indices], probs.numpy(), labels.numpy()
 
 
 def get_truncation(config):
     """Return (max_len, keep_tail): the constants, or where they are None those of training."""
     constants = zip((max_len, keep_tail), config.truncation, strict=True)
     return [trained if value is None else value for value, trained in constants]
-
-
-def name_labels(probs, chosen, names):
-    """Return for each row of probs (N, C) a list of (label, probability) of those chosen, (N, C) bool."""
-    rows = zip(probs, chosen, strict=True)
-    return [[(names[c], float(row[c])) for c in np.flatnonzero(mask)] for row, mask in rows]
 
 
 def choose_labels(probs, thresholds):
@@ -335,6 +334,13 @@ def get_format(columns, names):
     shown = [f"probability {name}" for name in names] if all_probabilities else ["probability"]
     header = [*(name for name in columns if name != "label"), "label", *shown]
     return b"\xef\xbb\xbf" + write_row(header), table_row
+
+
+def count_batch(true, chosen):
+    """Return the confusion_counts of labels (B, C), 0 or 1, and which are chosen, (B, C) bool."""
+    true, chosen = torch.from_numpy(true > 0.5), torch.from_numpy(chosen)
+    either = true | chosen
+    return confusion_counts(*either.nonzero(as_tuple=True), true[either], chosen[either], *true.shape)
 
 
 def log_scores(counts, names):

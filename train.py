@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import zlib
+from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -32,11 +33,11 @@ import bert_multilabel_cls
 import data_helper
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
 from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, limit_threads, load_model, oom_hint
-from bert_multilabel_cls import load_pretrained, parameter_groups, predict_probs, save_model, torch_load
+from bert_multilabel_cls import load_pretrained, parameter_groups, predict_batches, save_model, torch_load
 from bert_multilabel_cls import wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
-from data_helper import compute_metrics, eval_dataloader, init_distributed, metrics_report, misclassified
-from data_helper import restore_order, tune_thresholds
+from data_helper import collect_predictions, compute_metrics, eval_dataloader, gather_predictions
+from data_helper import init_distributed, metrics_report, misclassified, tune_thresholds
 from data_preprocess import InputError, atomic_write, check_labels_known, check_number, check_writable
 from data_preprocess import dump_json, dump_jsonl, file_sha256, get_world_size, handle_signals, label_names
 from data_preprocess import is_main_process, load_json_object, load_label2idx, log, log_label_metrics
@@ -171,18 +172,18 @@ def train():
             seconds = time.perf_counter() - start_time
             if not history:  # the first model may be saved over the encoder that the run started from
                 checkpoint.save(epoch, num_batches, train_loss, seconds)
-            dev_loss, dev_acc, dev_probs = dev(model, dev_dataloader, criterion, return_probs=True)
+            dev_loss, dev_acc, predictions = dev(model, dev_dataloader, criterion, return_predictions=True)
             train_loss = all_reduce(train_loss.cpu()).item() / world_size / num_steps
             row = {"seconds": seconds, "train_loss": train_loss, "dev_loss": dev_loss}
-            row |= compute_metrics(dev_dataset.labels, dev_probs) | {"accuracy": dev_acc}
+            row |= compute_metrics(predictions) | {"accuracy": dev_acc}
             log_scalars({f"epoch/{name}": row[name] for name in row}, (epoch + 1) * num_batches)
             row = {"epoch": epoch + 1, **row, "saved": is_best(row, history)}
             history.append(row)
             log_epoch(row, num_epochs)
-            note_no_predictions(row, dev_probs)
+            note_no_predictions(row, predictions)
             if row["saved"] and is_main_process():
                 names = label_names(label2idx)
-                thresholds = tune_thresholds(dev_dataset.labels, dev_probs, names, min_label_support)
+                thresholds = tune_thresholds(predictions, names, min_label_support)
                 truncation = (max_len, keep_tail)
                 save_model(model, tokenizer, label2idx, save_model_path, thresholds, truncation, history)
             elif is_main_process():
@@ -197,13 +198,16 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.detach().cpu() > 0.5).int().numpy())
 
 
-def dev(model, dataloader, criterion, return_probs=False):
-    """Return (mean loss, accuracy) over a DataLoader; with return_probs also the probabilities (N, C)."""
-    probs, labels = predict_probs(model, dataloader, choose_dtype(precision, device))
-    if dataloader.batch_size is None:  # of eval_dataloader, which gives each process a share of the batches
-        probs, labels = all_reduce(restore_order(probs, dataloader)), dataloader.dataset.labels
-    loss, acc = criterion(probs, labels).item(), get_acc_score(labels, probs)
-    return (loss, acc, probs) if return_probs else (loss, acc)
+def dev(model, dataloader, criterion, return_predictions=False):
+    """Return (mean loss, accuracy) over a DataLoader; with return_predictions also the Predictions."""
+    batches = predict_batches(model, dataloader, choose_dtype(precision, device))
+    by_length = dataloader.batch_size is None  # of eval_dataloader: each process has a share of the batches
+    sampler = iter(dataloader.sampler) if by_length else None
+    predictions = collect_predictions(batches, model.fc.out_features, criterion, sampler)
+    predictions = gather_predictions(predictions) if by_length else predictions
+    loss = predictions.sums["loss"] / predictions.num_texts
+    acc = compute_metrics(predictions)["accuracy"]
+    return (loss, acc, predictions) if return_predictions else (loss, acc)
 
 
 def test(model_path, test_data_path, return_report=False):
@@ -215,13 +219,12 @@ def test(model_path, test_data_path, return_report=False):
     model.to(device).bert.to(choose_dtype(precision, device))
     dataset = MultiClsDataSet(test_data_path, max_len, None, tokenizer, label2idx, keep_tail)
     dataloader = eval_dataloader(dataset, batch_size, device, *processes)
-    loss, acc, probs = dev(model, dataloader, nn.BCELoss(), return_probs=True)
+    _, acc, predictions = dev(model, dataloader, nn.BCELoss(), return_predictions=True)
     if not return_report:
         return acc
     names = label_names(label2idx)
-    metrics = metrics_report(dataset.labels, probs, names, model.bert.config.thresholds)
-    examples = list(read_examples(test_data_path))
-    return {"loss": loss, **metrics}, misclassified(examples, dataset.labels, probs, names)
+    metrics = metrics_report(predictions, names, model.bert.config.thresholds)
+    return metrics, misclassified(list(read_examples(test_data_path)), predictions, names)
 
 
 def report(checkpoint, num_epochs, dtype):
@@ -233,7 +236,7 @@ def report(checkpoint, num_epochs, dtype):
     metrics, errors = {}, []
     for name, path in (("dev", dev_path), ("test", test_path)):
         metrics[name], file_errors = test(save_model_path, path, return_report=True)
-        errors += file_errors
+        errors.append(file_errors)
         if name == "test":
             log_label_metrics(metrics[name]["by_label"], f"all in {output_path('metrics.json')}")
         for threshold in ("0.5", "single", "by_label"):
@@ -248,7 +251,7 @@ def report(checkpoint, num_epochs, dtype):
         run |= {"train_seconds": seconds, "versions": versions}
         run["thresholds"] = load_json_object(output_path("config.json"))["thresholds"]
         dump_json({**run, "constants": constants(), **metrics}, output_path("metrics.json"), indent=1)
-        dump_jsonl(errors, output_path("errors.jsonl"))
+        dump_jsonl(chain(*errors), output_path("errors.jsonl"))
         shutil.rmtree(output_path(scratch_name), ignore_errors=True)
         os.remove(checkpoint.path)
 
@@ -261,9 +264,9 @@ def note_unknown_tokens(dataset):
         log("note", f"{unknown:.1%} of the tokens are unknown to this encoder; is it of another language?")
 
 
-def note_no_predictions(row, probs):
-    """Say so if no probability (N, C) of dev is above 0.5 after an epoch."""
-    if not (probs > 0.5).any():
+def note_no_predictions(row, predictions):
+    """Say so if no probability of dev is above 0.5 after an epoch."""
+    if not (predictions.probs > 0.5).any():
         remedy = "if it stays so, raise lr or epochs, or lower threshold in predict.py"
         log("note", f"no label is predicted on dev after epoch {row['epoch']}; {remedy}")
 

@@ -27,6 +27,7 @@ sys.path[:0] = [str(root), str(root / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the fork server
 
 import bert_multilabel_cls  # noqa: E402
+import data_helper  # noqa: E402
 import data_preprocess  # noqa: E402
 import forked  # noqa: E402
 import predict  # noqa: E402
@@ -62,6 +63,12 @@ def write_jsonl(path, examples):
     lines = (json.dumps({"text": text, "label": labels}, ensure_ascii=False) for text, labels in examples)
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
+
+
+def as_predictions(labels, probs):
+    """Return matrices (N, C) as what dev returns."""
+    labels, probs = torch.as_tensor(labels).float(), torch.as_tensor(probs).float()
+    return data_helper.collect_predictions([(probs, labels)], labels.shape[1], torch.nn.BCELoss())
 
 
 @pytest.fixture(scope="session")

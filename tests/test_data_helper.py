@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from sklearn.metrics import f1_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, hamming_loss, ndcg_score
+from sklearn.metrics import precision_recall_fscore_support
 from torch.utils.data import DataLoader
 from transformers import BertModel, BertTokenizer
 
@@ -18,7 +19,7 @@ import data_helper
 import data_preprocess
 import train
 from bert_multilabel_cls import BertMultiLabelCls
-from conftest import EXAMPLES, finish, root, start, write_jsonl
+from conftest import EXAMPLES, as_predictions, finish, root, start, write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -383,10 +384,11 @@ def train_with_probs(monkeypatch, truth, probs, names=("a", "b", "c"), min_label
     data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
     real = train.dev
 
-    def dev(model, dataloader, criterion, return_probs=False):
-        loss, _, _ = real(model, dataloader, criterion, return_probs=True)
+    def dev(model, dataloader, criterion, return_predictions=False):
+        loss, _ = real(model, dataloader, criterion)
         acc = train.get_acc_score(dataloader.dataset.labels, torch.tensor(probs))
-        return (loss, acc, torch.tensor(probs)) if return_probs else (loss, acc)
+        predictions = as_predictions(dataloader.dataset.labels, probs)
+        return (loss, acc, predictions) if return_predictions else (loss, acc)
 
     monkeypatch.setattr(train, "dev", dev)
     for name, value in dict(epochs=1, min_label_support=min_label_support).items():
@@ -407,6 +409,7 @@ def test_metrics_are_what_scikit_learn_says(project, monkeypatch):
         accuracy=0.25, hamming_loss=3 / 12, micro_precision=2 / 3, micro_recall=0.5, micro_f1=4 / 7
     )
     expected |= dict(macro_precision=0.5, macro_recall=1 / 3, macro_f1=(2 / 3 + 1 / 2 + 0) / 3)
+    expected["samples_f1"] = (2 / 3 + 2 / 3 + 0 + 0) / 4
     assert metrics["at_0.5"] == pytest.approx(expected)
     truth, predicted = matrix(TRUTH), [[int(p > 0.5) for p in row] for row in PROBS]
     for average in ("micro", "macro"):
@@ -416,6 +419,81 @@ def test_metrics_are_what_scikit_learn_says(project, monkeypatch):
     columns = [*precision_recall_fscore_support(truth, predicted, zero_division=0), map(sum, zip(*predicted))]
     for name, *row in zip("abc", *columns):
         assert list(metrics["by_label"][name].values()) == pytest.approx(row)
+
+
+def random_matrices(num_texts, num_labels, seed, ties=False):
+    """Return labels and probabilities (N, C): labels without examples, texts without labels, rare ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.linspace(0, 0.4, num_labels) if num_labels > 1 else torch.tensor([0.3])
+    labels = (torch.rand(num_texts, num_labels, generator=generator) < shares).float()
+    logits = torch.randn(num_texts, num_labels, generator=generator) * 2 - 3 + 3 * labels
+    probs = logits.sigmoid()
+    return labels, (probs * 50).round() / 50 if ties else probs
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("num_labels", [1, 2, 7, 300])
+def test_scores_of_the_entries_kept_are_those_of_the_matrices(num_labels, ties):
+    labels, probs = random_matrices(200, num_labels, num_labels, ties)
+    predictions = as_predictions(labels, probs)
+    thresholds = torch.rand(num_labels, generator=torch.Generator().manual_seed(0)) * 0.95 + 0.05
+    for threshold in (0.05, 0.3, 0.5, thresholds):
+        metrics = data_helper.compute_metrics(predictions, threshold)
+        predicted, options = (probs > torch.as_tensor(threshold)).int(), {"zero_division": 0}
+        for average in ("micro", "macro", "samples"):
+            shape = {"binary": 0} if num_labels == 1 else {}
+            if average == "samples" and shape:
+                continue  # of one column scikit-learn makes a vector
+            expected = f1_score(labels, predicted, average=average, **options)
+            if num_labels == 1:  # scikit-learn takes a column for two classes
+                expected = f1_score(labels[:, 0], predicted[:, 0], **options)
+            assert metrics[f"{average}_f1"] == pytest.approx(expected), (average, threshold)
+        assert metrics["accuracy"] == accuracy_score(labels, predicted)
+        assert metrics["hamming_loss"] == pytest.approx(hamming_loss(labels, predicted))
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 7, 300])
+def test_the_order_of_labels_is_measured_as_scikit_learn_does(num_labels):
+    labels, probs = random_matrices(200, num_labels, num_labels)
+    metrics = data_helper.ranking_metrics(as_predictions(labels, probs))
+    assert [f"precision@{k}" in metrics for k in (1, 3, 5)] == [num_labels >= k for k in (1, 3, 5)]
+    for k in (k for k in (1, 3, 5) if k <= num_labels):
+        order = probs.argsort(1, descending=True)[:, :k]
+        assert metrics[f"precision@{k}"] == pytest.approx(labels.gather(1, order).mean().item())
+        if num_labels > 1:  # scikit-learn refuses a single label
+            expected = ndcg_score(labels, probs, k=k, ignore_ties=True)
+            assert metrics[f"ndcg@{k}"] == pytest.approx(expected)
+    assert metrics["labels_without_examples"] == (labels.sum(0) == 0).sum()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+def test_average_precision_is_that_of_scikit_learn_or_hardly_less(low, ties):
+    """Examples with a probability below 0.05 are placed among the others by bins."""
+    labels, probs = random_matrices(300, 40, 1, ties)
+    probs = probs.clamp(min=1e-9) * (0.1 if low else 1)
+    if not low:
+        probs = torch.where(labels > 0, probs.clamp(min=0.051), probs)
+    found = data_helper.average_precision(as_predictions(labels, probs))
+    assert found[0].isnan() and not found[1:].isnan().any()
+    for column in range(1, 40):
+        expected = average_precision_score(labels[:, column], probs[:, column])
+        slack = 0.03 if low else 1e-6
+        assert expected - slack < found[column] < expected + 1e-6
+
+
+def test_entries_of_several_batches_in_any_order_are_those_of_one():
+    labels, probs = random_matrices(50, 9, 3)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(7)
+    batches = [(probs[indices], labels[indices]) for indices in order]
+    sampler = iter([indices.tolist() for indices in order])
+    found = data_helper.collect_predictions(batches, 9, torch.nn.BCELoss(), sampler)
+    found, expected = data_helper.gather_predictions(found), as_predictions(labels, probs)
+    for tensor, other in zip(found[:5], expected[:5]):
+        torch.testing.assert_close(tensor, other)
+    assert found.sums == pytest.approx(expected.sums) and found.num_texts == expected.num_texts
+    loss = torch.nn.BCELoss()(probs, labels).item()
+    assert data_helper.ranking_metrics(found)["loss"] == pytest.approx(loss)
 
 
 def test_one_label_is_measured_as_that_label(project, monkeypatch):

@@ -19,7 +19,8 @@ import data_preprocess
 import predict
 import train
 from bert_multilabel_cls import BertMultiLabelCls, load_model
-from conftest import EXAMPLES, TOKENS, contents, finish, script, start, without_key_biases, write_jsonl
+from conftest import EXAMPLES, TOKENS, as_predictions, contents, finish, script, start, without_key_biases
+from conftest import write_jsonl
 from data_helper import MultiClsDataSet
 from data_preprocess import InputError
 
@@ -101,9 +102,12 @@ def test_dev_returns_mean_loss_and_accuracy(project):
         probs = model(*dataset[:][:3])
     assert loss == pytest.approx(nn.BCELoss()(probs, dataset.labels).item(), abs=1e-6)
     assert accuracy == train.get_acc_score(dataset.labels, probs)
-    *same, returned = train.dev(model, DataLoader(dataset, batch_size=4), nn.BCELoss(), return_probs=True)
+    dataloader = DataLoader(dataset, batch_size=4)
+    *same, predictions = train.dev(model, dataloader, nn.BCELoss(), return_predictions=True)
     assert same == [loss, accuracy]
-    torch.testing.assert_close(returned, probs)
+    for texts, columns, prob, true in zip(*predictions[:4]):
+        assert prob == pytest.approx(probs[texts, columns].item(), abs=1e-6)
+        assert true == dataset.labels[texts, columns]
 
 
 def test_the_whole_path_learns_and_obeys_constants(project, monkeypatch, capsys):
@@ -197,11 +201,13 @@ def scripted(monkeypatch, epochs):
     """Make dev return these (loss, probabilities) epoch by epoch; the report measures as usual."""
     results, real = iter(epochs), train.dev
 
-    def dev(model, dataloader, criterion, return_probs=False):
-        loss, acc, probs = real(model, dataloader, criterion, return_probs=True)
-        loss, probs = next(results, (loss, probs))
-        acc = train.get_acc_score(dataloader.dataset.labels, probs)
-        return (loss, acc, probs) if return_probs else (loss, acc)
+    def dev(model, dataloader, criterion, return_predictions=False):
+        result = real(model, dataloader, criterion, return_predictions=True)
+        if epoch := next(results, None):
+            loss, probs = epoch
+            predictions = as_predictions(dataloader.dataset.labels, probs)
+            result = loss, train.get_acc_score(dataloader.dataset.labels, probs), predictions
+        return result if return_predictions else result[:2]
 
     monkeypatch.setattr(train, "dev", dev)
     monkeypatch.setattr(train, "epochs", len(epochs))
@@ -502,7 +508,8 @@ def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
     assert list(metrics["dev"]["by_label"]) == ["中超", "体育", "股市", "财经"]
     assert len(metrics["thresholds"]["by_label"]) == 4
     assert (
-        {"at_0.5", "at_single", "at_by_label", "by_label", "loss"}
+        {"at_0.5", "at_single", "at_by_label", "by_label", "loss", "precision@1", "precision@3"}
+        | {"ndcg@1", "ndcg@3", "mean_average_precision", "labels_without_examples"}
         == metrics["dev"].keys()
         == metrics["test"].keys()
     )
