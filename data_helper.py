@@ -6,6 +6,7 @@ run     python data_helper.py    prints the tensors of ./data/train.json
 
 import atexit
 import gc
+import math
 import os
 import re
 from array import array
@@ -29,6 +30,7 @@ max_chars_per_token = 1000  # characters read for each token kept: no need to to
 mega_batch_mult = 50  # batches whose texts are drawn at random and then sorted by length
 
 threshold_grid = torch.arange(5, 96) / 100  # what thresholds are chosen from
+num_folds = 5  # of dev, to see which thresholds hold on other texts
 num_bins, first_bin = 64, 427  # of probabilities up to 0.05, by the first 11 bits of a float32: 4 an octave
 ranks = (1, 3, 5)  # k of precision@k and nDCG@k
 
@@ -321,12 +323,6 @@ def average_precision(predictions):
     return torch.bincount(columns[true], (found / above)[last], predictions.num_labels) / support
 
 
-def exceed(predictions, threshold):
-    """Return which entries are above the threshold, (E,) bool; threshold: one for all labels, or (C,)."""
-    thresholds = torch.as_tensor(threshold, dtype=torch.float32).expand(predictions.num_labels)
-    return predictions.probs > thresholds[predictions.columns]
-
-
 def confusion_counts(texts, columns, true, predicted, num_texts, num_labels):
     """Return int64 (5, C): support, predicted, true positives, N, exact matches.
 
@@ -371,79 +367,97 @@ def count_entries(predictions, predicted):
     return confusion_counts(texts, columns, true, predicted, predictions.num_texts, predictions.num_labels)
 
 
-def compute_metrics(predictions, threshold=0.5):
-    """Return {metric: value} of Predictions; threshold: one for all labels, or (C,), at least 0.05."""
-    predicted = exceed(predictions, threshold)
-    true = predictions.true.int()
-    found, total = (
-        torch.bincount(predictions.texts, values, predictions.num_texts)
-        for values in (true * predicted, true + predicted)
-    )
+def compute_metrics(predictions, predicted=None):
+    """Return {metric: value} of Predictions; predicted: which entries are, (E,); by default those > 0.5."""
+    texts, true = predictions.texts, predictions.true.int()
+    predicted = predictions.probs > 0.5 if predicted is None else predicted
+    found = torch.bincount(texts, true * predicted, predictions.num_texts)
+    total = torch.bincount(texts, true + predicted, predictions.num_texts)
     samples_f1 = (2 * found / total.clamp(min=1)).mean().item()  # 0 for a text with neither
     return metrics_from_counts(count_entries(predictions, predicted)) | {"samples_f1": samples_f1}
 
 
-def ranking_metrics(predictions):
-    """Return {metric: value} of what needs no threshold."""
-    precision = average_precision(predictions)
-    means = {name: total / predictions.num_texts for name, total in sorted(predictions.sums.items())}
-    means["mean_average_precision"] = precision.nanmean().item()
-    return means | {"labels_without_examples": int(precision.isnan().sum())}
-
-
 def metrics_report(predictions, names, thresholds):
-    """Return metrics at 0.5 and at the tuned thresholds, those without a threshold, and by label at 0.5."""
-    by_label = torch.tensor([thresholds["by_label"][name] for name in names])
-    tuned = {"at_single": compute_metrics(predictions, thresholds["single"])}
-    tuned["at_by_label"] = compute_metrics(predictions, by_label)
-    by_label = per_label_metrics(count_entries(predictions, exceed(predictions, 0.5)), names)
-    metrics = ranking_metrics(predictions) | {"at_0.5": compute_metrics(predictions)}
-    return metrics | tuned | {"by_label": by_label}
+    """Return metrics that need no threshold, at 0.5 and at the tuned thresholds, and by label at 0.5."""
+    precision, probs = average_precision(predictions), predictions.probs
+    metrics = {name: total / predictions.num_texts for name, total in sorted(predictions.sums.items())}
+    metrics["mean_average_precision"] = precision.nanmean().item()
+    metrics["labels_without_examples"] = int(precision.isnan().sum())
+    by_label = torch.tensor([thresholds["by_label"][name] for name in names])[predictions.columns]
+    metrics["at_0.5"] = compute_metrics(predictions)
+    metrics["at_single"] = compute_metrics(predictions, probs > thresholds["single"])
+    metrics["at_by_label"] = compute_metrics(predictions, probs > by_label)
+    return metrics | {"by_label": per_label_metrics(count_entries(predictions, probs > 0.5), names)}
 
 
-def tune_thresholds(predictions, names, min_label_support):
-    """Return {"single": t, "by_label": {name: t}} from 0.05 to 0.95, with the best micro F1, or F1 by label.
+def tune_thresholds(predictions, names, min_label_support, metric):
+    """Return {"single": t, "by_label": {name: t}, "recommended": name, "cross_validation": {name: metric}}.
 
-    At a tie the nearest to 0.5; a label with fewer than min_label_support examples takes the single one.
-    For dev only: on the texts they were tuned on, thresholds always look good.
+    For dev only: on the texts they were chosen on, thresholds always look good. So recommended, of "0.5",
+    "single" and "by_label", is what has the best metric on texts that were left out of choosing (five folds).
     """
-    shape = len(threshold_grid) + 1, predictions.num_labels
-    keys = torch.bucketize(predictions.probs, threshold_grid) * shape[1] + predictions.columns
+    texts, columns, probs, true, *_ = predictions
+    generator = torch.Generator().manual_seed(0)
+    folds = (torch.randperm(predictions.num_texts, generator=generator) % num_folds)[texts]
+    shape = num_folds, len(threshold_grid) + 1, predictions.num_labels
+    keys = (folds * shape[1] + torch.bucketize(probs, threshold_grid)) * shape[2] + columns
 
-    def above(keys):
-        """Return (91, C): for each threshold and label, how many entries are above it."""
-        counts = torch.bincount(keys, minlength=shape[0] * shape[1]).view(shape)
-        return counts.flip(0).cumsum(0).flip(0)[1:].double()
+    def count_above(keys):
+        """Return (folds, 91, C): how many entries are above each threshold."""
+        counts = torch.bincount(keys, minlength=math.prod(shape)).view(shape)
+        return counts.flip(1).cumsum(1).flip(1)[:, 1:]
 
-    nearest_first = sorted(range(len(threshold_grid)), key=lambda i: abs(i - 45))
+    support = torch.bincount(folds[true] * shape[2] + columns[true], minlength=shape[0] * shape[2])
+    counts = support.view(num_folds, 1, -1), count_above(keys), count_above(keys[true])
+    single, by_label = choose_thresholds(*(count.sum(0) for count in counts), min_label_support)
+    pairs = [
+        choose_thresholds(*(count.sum(0) - count[fold] for count in counts), min_label_support)
+        for fold in range(num_folds)
+    ]
+    singles, by_labels = map(torch.stack, zip(*pairs, strict=True))
+    options = {"0.5": 0.5, "single": singles[folds], "by_label": by_labels[folds, columns]}
+    scores = {name: compute_metrics(predictions, probs > t)[metric] for name, t in options.items()}
+    single, *by_label = (round(t, 2) for t in (single.item(), *by_label.tolist()))
+    thresholds = {"single": single, "by_label": dict(zip(names, by_label, strict=True))}
+    return thresholds | {"recommended": max(scores, key=scores.get), "cross_validation": scores}
 
-    def best(support, predicted, true_positives):
+
+def choose_thresholds(support, predicted, found, min_label_support):
+    """Return (the threshold with the best micro F1, those with the best F1 by label (C,)) of counts (91, C).
+
+    At a tie the nearest to 0.5. A label with fewer than min_label_support examples takes the single one; to
+    those of the others as many examples of an average label are added, so that few do not lead far astray.
+    """
+
+    def best(*counts):
         """Return for each column the threshold with the best F1."""
-        f1 = precision_recall_f1(support, predicted, true_positives)[2][nearest_first]
-        return [(5 + nearest_first[i]) / 100 for i in f1.numpy().argmax(0).flatten()]
+        f1 = precision_recall_f1(*counts)[2][nearest_first]
+        return threshold_grid[nearest_first][f1.numpy().argmax(0)]
 
-    support = torch.bincount(predictions.columns[predictions.true], minlength=shape[1]).double()
-    predicted, true_positives = above(keys), above(keys[predictions.true])
-    [single] = best(support.sum(), predicted.sum(1, keepdim=True), true_positives.sum(1, keepdim=True))
-    by_label = zip(best(support, predicted, true_positives), support >= min_label_support, strict=True)
-    by_label = [own if enough else single for own, enough in by_label]
-    return {"single": single, "by_label": dict(zip(names, by_label, strict=True))}
+    nearest_first = (threshold_grid - 0.5).abs().argsort(stable=True)
+    counts = [count.double() for count in (support, predicted, found)]
+    totals = [count.sum(1, keepdim=True) for count in counts]
+    weight = min_label_support / totals[0].clamp(min=1)
+    [single] = best(*totals)
+    by_label = best(*(count + weight * total for count, total in zip(counts, totals, strict=True)))
+    return single, torch.where(support[0] >= min_label_support, by_label, single)
 
 
 def misclassified(examples, predictions, names):
     """Yield a dict for each (location, text, labels) with a wrong label at 0.5, the most confident first."""
     texts, columns, probs, true, *_ = predictions
-    predicted = probs > 0.5
-    wrong = texts[predicted != true]
-    order = (probs - true.float()).abs()[predicted != true].argsort(descending=True, stable=True)
+    wrong = (probs > 0.5) != true
+    order = (probs - true.float()).abs()[wrong].argsort(descending=True, stable=True)
     ends = torch.bincount(texts, minlength=predictions.num_texts).cumsum(0).tolist()
-    for i in dict.fromkeys(wrong[order].tolist()):
-        shown = [e for e in range(ends[i - 1] if i else 0, ends[i]) if true[e] or predicted[e]]
+    for i in dict.fromkeys(texts[wrong][order].tolist()):
+        span = slice(ends[i - 1] if i else 0, ends[i])
+        entries = zip(*(tensor[span].tolist() for tensor in (columns, probs, true)), strict=True)
+        entries = [(names[c], prob, is_true) for c, prob, is_true in entries if is_true or prob > 0.5]
         file, _, line = examples[i][0].rpartition(":")
         row = {"file": file, "line": int(line), "text": examples[i][1]}
-        row["true"] = [names[columns[e]] for e in shown if true[e]]
-        row["predicted"] = [names[columns[e]] for e in shown if predicted[e]]
-        row["probability"] = {names[columns[e]]: round(probs[e].item(), 4) for e in shown}
+        row["true"] = [name for name, _, is_true in entries if is_true]
+        row["predicted"] = [name for name, prob, _ in entries if prob > 0.5]
+        row["probability"] = {name: round(prob, 4) for name, prob, _ in entries}
         yield row
 
 

@@ -48,7 +48,7 @@ batch_size = 32  # texts; more need more memory
 chunk_size = 4096  # texts tokenized, sorted by length and held in memory at a time
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
-threshold = 0.5  # of the probability; {"billing": 0.3}: the others at 0.5; "tuned": by label, chosen on dev
+threshold = 0.5  # of the probability; {"billing": 0.3}: the others at 0.5; "tuned": recommended in training
 min_labels = 0  # at least so many labels per text, the most probable ones
 max_labels = None  # at most so many; None for no limit
 all_probabilities = False  # True: a file gets the probabilities of all labels, not only of the chosen ones
@@ -170,7 +170,8 @@ def get_thresholds(config, names):
     """Return the threshold of each label, (C,) float32: those of the constant `threshold`, or tuned ones."""
     chosen = threshold
     if threshold == "tuned":
-        chosen = config.thresholds.get("by_label")
+        recommended = config.thresholds.get("recommended", "by_label")  # older models have none
+        chosen = 0.5 if recommended == "0.5" else config.thresholds.get(recommended)
         if not chosen:
             raise InputError(f'threshold = "tuned": {save_model_path} has no tuned thresholds; set a number')
     if not isinstance(chosen, dict):

@@ -183,7 +183,7 @@ def train():
             note_no_predictions(row, predictions)
             if row["saved"] and is_main_process():
                 names = label_names(label2idx)
-                thresholds = tune_thresholds(predictions, names, min_label_support)
+                thresholds = tune_thresholds(predictions, names, min_label_support, tuned_metric())
                 truncation = (max_len, keep_tail)
                 save_model(model, tokenizer, label2idx, save_model_path, thresholds, truncation, history)
             elif is_main_process():
@@ -241,6 +241,11 @@ def report(checkpoint, num_epochs, dtype):
             log_label_metrics(metrics[name]["by_label"], f"all in {output_path('metrics.json')}")
         for threshold in ("0.5", "single", "by_label"):
             log_metrics(name, metrics[name][f"at_{threshold}"], threshold)
+        names = ("precision@1", "precision@3", "precision@5", "mean_average_precision")
+        log(name, **{key: f"{metrics[name][key]:.3f}" for key in names if key in metrics[name]})
+    thresholds = load_json_object(output_path("config.json"))["thresholds"]
+    scores = {f"at_{name}": f"{score:.3f}" for name, score in thresholds["cross_validation"].items()}
+    log("tuned", recommended=thresholds["recommended"], metric=tuned_metric(), **scores)
     note_what_helps(history, num_epochs, metrics["dev"]["by_label"])
     if is_main_process():
         names = ("encoder", "lr", "head_lr", "epochs", "dtype", "processes")
@@ -249,11 +254,16 @@ def report(checkpoint, num_epochs, dtype):
         changed = {name: value for name, value in constants().items() if value != shipped.get(name, value)}
         run = {"run_name": checkpoint.run_name, "changed": changed, "used": used, "best_epoch": best_epoch}
         run |= {"train_seconds": seconds, "versions": versions}
-        run["thresholds"] = load_json_object(output_path("config.json"))["thresholds"]
+        run["thresholds"] = thresholds
         dump_json({**run, "constants": constants(), **metrics}, output_path("metrics.json"), indent=1)
         dump_jsonl(chain(*errors), output_path("errors.jsonl"))
         shutil.rmtree(output_path(scratch_name), ignore_errors=True)
         os.remove(checkpoint.path)
+
+
+def tuned_metric():
+    """Return the metric that the recommended thresholds are best in: best_metric, which may be the loss."""
+    return "micro_f1" if best_metric == "loss" else best_metric
 
 
 def note_unknown_tokens(dataset):

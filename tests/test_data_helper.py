@@ -438,7 +438,8 @@ def test_scores_of_the_entries_kept_are_those_of_the_matrices(num_labels, ties):
     predictions = as_predictions(labels, probs)
     thresholds = torch.rand(num_labels, generator=torch.Generator().manual_seed(0)) * 0.95 + 0.05
     for threshold in (0.05, 0.3, 0.5, thresholds):
-        metrics = data_helper.compute_metrics(predictions, threshold)
+        by_column = torch.as_tensor(threshold).expand(num_labels)[predictions.columns]
+        metrics = data_helper.compute_metrics(predictions, predictions.probs > by_column)
         predicted, options = (probs > torch.as_tensor(threshold)).int(), {"zero_division": 0}
         for average in ("micro", "macro", "samples"):
             shape = {"binary": 0} if num_labels == 1 else {}
@@ -452,10 +453,17 @@ def test_scores_of_the_entries_kept_are_those_of_the_matrices(num_labels, ties):
         assert metrics["hamming_loss"] == pytest.approx(hamming_loss(labels, predicted))
 
 
+def report(predictions, threshold=0.5):
+    """Return the metrics of predictions with one threshold."""
+    names = [f"{column}" for column in range(predictions.num_labels)]
+    thresholds = {"single": threshold, "by_label": dict.fromkeys(names, threshold)}
+    return data_helper.metrics_report(predictions, names, thresholds)
+
+
 @pytest.mark.parametrize("num_labels", [1, 2, 7, 300])
 def test_the_order_of_labels_is_measured_as_scikit_learn_does(num_labels):
     labels, probs = random_matrices(200, num_labels, num_labels)
-    metrics = data_helper.ranking_metrics(as_predictions(labels, probs))
+    metrics = report(as_predictions(labels, probs))
     assert [f"precision@{k}" in metrics for k in (1, 3, 5)] == [num_labels >= k for k in (1, 3, 5)]
     for k in (k for k in (1, 3, 5) if k <= num_labels):
         order = probs.argsort(1, descending=True)[:, :k]
@@ -493,7 +501,7 @@ def test_entries_of_several_batches_in_any_order_are_those_of_one():
         torch.testing.assert_close(tensor, other)
     assert found.sums == pytest.approx(expected.sums) and found.num_texts == expected.num_texts
     loss = torch.nn.BCELoss()(probs, labels).item()
-    assert data_helper.ranking_metrics(found)["loss"] == pytest.approx(loss)
+    assert report(found)["loss"] == pytest.approx(loss)
 
 
 def test_one_label_is_measured_as_that_label(project, monkeypatch):
@@ -503,13 +511,22 @@ def test_one_label_is_measured_as_that_label(project, monkeypatch):
     assert metrics["by_label"]["a"]["support"] == 2
 
 
-def best_threshold(truth, probs):
-    """Return the thresholds with the best F1, by trying all; of equals those nearest to 0.5."""
+def best_threshold(truth, probs, all_truth=(), all_probs=(), added=0):
+    """Return the thresholds with the best F1, by trying all; of equals those nearest to 0.5.
+
+    added: so many examples, and their share of what is predicted, come from all labels.
+    """
     scores = {}
     for percent in range(5, 96):
-        predicted = [p > torch.tensor(percent / 100) for p in torch.tensor(probs)]
-        both = sum(int(p and t) for p, t in zip(predicted, truth))
-        scores[percent / 100] = (2 * both / max(1, sum(map(int, predicted)) + sum(truth)), -abs(percent - 50))
+        found, total = 0, 0
+        for labels, values, weight in (
+            (truth, probs, 1),
+            (all_truth, all_probs, added / max(1, sum(all_truth))),
+        ):
+            predicted = [p > torch.tensor(percent / 100) for p in torch.tensor(values)]
+            found += weight * sum(int(p and t) for p, t in zip(predicted, labels))
+            total += weight * (sum(map(int, predicted)) + sum(labels))
+        scores[percent / 100] = (round(2 * found / max(1, total), 12), -abs(percent - 50))
     best = max(scores.values())
     return [threshold for threshold, score in scores.items() if score == best]
 
@@ -529,10 +546,11 @@ def test_thresholds_are_those_that_are_best_of_all(project, monkeypatch, seed):
     tuned = train_with_probs(monkeypatch, truth, probs, names, min_label_support=5)["thresholds"]
     columns = list(zip(*matrix(truth, names)))
     flat = [value for row in matrix(truth, names) for value in row]
-    assert tuned["single"] in best_threshold(flat, [p for row in probs for p in row])
+    flat_probs = [p for row in probs for p in row]
+    assert tuned["single"] in best_threshold(flat, flat_probs)
     for column, threshold, values in zip(columns, tuned["by_label"].values(), zip(*probs)):
-        expected = [tuned["single"]] if sum(column) < 5 else best_threshold(column, list(values))
-        assert threshold in expected
+        expected = best_threshold(column, list(values), flat, flat_probs, added=5)
+        assert threshold in (expected if sum(column) >= 5 else [tuned["single"]])
 
 
 def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(project, monkeypatch):
@@ -542,17 +560,19 @@ def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(projec
     assert tuned["by_label"]["c"] == tuned["single"]  # no example
     assert metrics["dev"]["at_by_label"]["micro_f1"] >= metrics["dev"]["at_0.5"]["micro_f1"]
     assert data_preprocess.load_json("model/config.json")["thresholds"] == tuned
+    assert tuned.keys() == {"single", "by_label", "recommended", "cross_validation"}
 
 
 def test_among_equal_thresholds_the_nearest_to_one_half_is_taken(project, monkeypatch):
     metrics = train_with_probs(monkeypatch, [["a"], []], [[0.9], [0.1]], ("a",), min_label_support=1)
-    assert metrics["thresholds"] == {"single": 0.5, "by_label": {"a": 0.5}}
+    assert (metrics["thresholds"]["single"], metrics["thresholds"]["by_label"]) == (0.5, {"a": 0.5})
 
 
 @pytest.mark.parametrize("true, false, threshold", [(0.055, 0.045, 0.05), (0.96, 0.945, 0.95)])
 def test_thresholds_are_sought_from_5_to_95_percent(project, monkeypatch, true, false, threshold):
     metrics = train_with_probs(monkeypatch, [["a"], []], [[true], [false]], ("a",), min_label_support=1)
-    assert metrics["thresholds"] == {"single": threshold, "by_label": {"a": threshold}}
+    found = metrics["thresholds"]
+    assert (found["single"], found["by_label"]) == (threshold, {"a": threshold})
 
 
 def test_errors_come_with_the_most_confident_first(project, monkeypatch):

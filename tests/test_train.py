@@ -541,9 +541,15 @@ def test_thresholds_are_the_best_on_dev_and_on_no_other_file(project, monkeypatc
     for path in (train.train_path, train.dev_path, train.test_path):
         truth = MultiClsDataSet(path).labels[:6].numpy() > 0.5
 
-        def f1(threshold, labels=slice(None), truth=truth):
+        def counts(threshold, labels=slice(None), truth=truth):
             true, predicted = truth[:, labels], probs[:, labels] > threshold
-            return 2 * (true & predicted).sum() / max(1, true.sum() + predicted.sum())
+            return np.array([2 * (true & predicted).sum(), true.sum() + predicted.sum()])
+
+        def f1(threshold, labels=slice(None), truth=truth):
+            """Of a label, to which the share of three examples of all labels is added."""
+            added = 0 if labels == slice(None) else 3 / truth.sum() * counts(threshold, truth=truth)
+            found, total = counts(threshold, labels, truth) + added
+            return found / max(1, total)
 
         grid = [n / 100 for n in range(5, 96)]
         best[path] = []
