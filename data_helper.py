@@ -30,6 +30,7 @@ max_chars_per_token = 1000  # characters read for each token kept: no need to to
 mega_batch_mult = 50  # batches whose texts are drawn at random and then sorted by length
 
 threshold_grid = torch.arange(5, 96) / 100  # what thresholds are chosen from
+average_examples = 20  # of all labels, added to those of a label when its threshold is chosen
 num_folds = 5  # of dev, to see which thresholds hold on other texts
 num_bins, first_bin = 64, 427  # of probabilities up to 0.05, by the first 11 bits of a float32: 4 an octave
 ranks = (1, 3, 5)  # k of precision@k and nDCG@k
@@ -255,21 +256,27 @@ def collect_predictions(batches, num_labels, criterion, sampler=None):
     sampler: an iterator over the indices of each batch; by default the texts are numbered as they come.
     """
     rejected = torch.zeros(num_bins * num_labels, dtype=torch.int32)
-    entries = [(*torch.empty(2, 0, dtype=torch.int32), torch.empty(0), torch.empty(0, dtype=torch.bool))]
-    sums, num_texts = Counter(), 0
+    # Not a list of small tensors: between the large ones of each batch they would leave gaps in the memory.
+    buffers, sums, num_texts = (array("i"), array("i"), array("f"), array("b")), Counter(), 0
     for probs, labels in batches:
         texts = next(sampler) if sampler else range(num_texts, num_texts + len(labels))
         true = labels > 0.5
         kept = true | (probs > threshold_grid[0])
         rows, columns = kept.nonzero(as_tuple=True)
-        entries.append((torch.tensor(texts)[rows].int(), columns.int(), probs[kept], true[kept]))
-        bins = (probs.contiguous().view(torch.int32) // 2**21 - first_bin).clamp(0, num_bins - 1)
+        entries = torch.tensor(texts)[rows].int(), columns.int(), probs[kept], true[kept]
+        for buffer, values in zip(buffers, entries, strict=True):
+            buffer.frombytes(values.numpy().tobytes())
+        bins = ((probs.contiguous().view(torch.int32) >> 21) - first_bin).clamp(0, num_bins - 1)
         cells = bins * num_labels + torch.arange(num_labels)
         rejected.scatter_add_(0, cells.flatten(), (~kept).int().flatten())
         sums.update(ranking_sums(probs, labels))
         sums["loss"] += criterion(probs, labels).item() * len(labels)
         num_texts += len(labels)
-    entries = map(torch.cat, zip(*entries, strict=True))
+    dtypes = torch.int32, torch.int32, torch.float32, torch.bool
+    entries = [
+        torch.frombuffer(buffer or bytearray(4), dtype=dtype)[: len(buffer)]
+        for buffer, dtype in zip(buffers, dtypes)
+    ]
     return Predictions(*entries, rejected.view(num_bins, num_labels), sums, num_texts, num_labels)
 
 
@@ -288,15 +295,14 @@ def gather_predictions(predictions):
 
 def ranking_sums(probs, labels):
     """Return {metric: sum over the texts} of precision@k and nDCG@k; a text without labels counts as 0."""
-    sums, num_true = {}, labels.sum(1).long()
+    k = min(max(ranks), labels.shape[1])
+    hits, num_true = labels.gather(1, probs.topk(k).indices).double(), labels.sum(1).long()
+    discounts = 1 / torch.arange(2, k + 2).double().log2()
+    sums = {}
     for k in (k for k in ranks if k <= labels.shape[1]):
-        hits = labels.gather(1, probs.topk(k).indices).double()
-        discounts = 1 / torch.arange(2, k + 2).double().log2()
         ideal = discounts.cumsum(0)[num_true.clamp(1, k) - 1]
-        sums |= {
-            f"precision@{k}": hits.mean(1).sum().item(),
-            f"ndcg@{k}": (hits @ discounts / ideal).sum().item(),
-        }
+        sums[f"precision@{k}"] = hits[:, :k].mean(1).sum().item()
+        sums[f"ndcg@{k}"] = (hits[:, :k] @ discounts[:k] / ideal).sum().item()
     return sums
 
 
@@ -426,7 +432,7 @@ def choose_thresholds(support, predicted, found, min_label_support):
     """Return (the threshold with the best micro F1, those with the best F1 by label (C,)) of counts (91, C).
 
     At a tie the nearest to 0.5. A label with fewer than min_label_support examples takes the single one; to
-    those of the others as many examples of an average label are added, so that few do not lead far astray.
+    those of the others average_examples of an average label are added, so that few do not lead far astray.
     """
 
     def best(*counts):
@@ -437,7 +443,7 @@ def choose_thresholds(support, predicted, found, min_label_support):
     nearest_first = (threshold_grid - 0.5).abs().argsort(stable=True)
     counts = [count.double() for count in (support, predicted, found)]
     totals = [count.sum(1, keepdim=True) for count in counts]
-    weight = min_label_support / totals[0].clamp(min=1)
+    weight = average_examples / totals[0].clamp(min=1)
     [single] = best(*totals)
     by_label = best(*(count + weight * total for count, total in zip(counts, totals, strict=True)))
     return single, torch.where(support[0] >= min_label_support, by_label, single)

@@ -32,8 +32,9 @@ from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedu
 import bert_multilabel_cls
 import data_helper
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
-from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, limit_threads, load_model, oom_hint
-from bert_multilabel_cls import load_pretrained, parameter_groups, predict_batches, save_model, torch_load
+from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, init_from_texts, limit_threads
+from bert_multilabel_cls import load_model, load_pretrained, oom_hint, parameter_groups, pooled_sums
+from bert_multilabel_cls import predict_batches, save_model, torch_load
 from bert_multilabel_cls import wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
 from data_helper import collect_predictions, compute_metrics, eval_dataloader, gather_predictions
@@ -69,6 +70,7 @@ accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
 keep_tail = 0  # tokens of a truncated text that are kept from its end
 dropout = 0.1  # before the classifier
+many_labels = 500  # with so many, the classifier starts from the training texts that have each of them
 warmup_ratio = 0.1  # share of the steps with a rising learning rate; after that it decays linearly to 0
 max_grad_norm = 1.0  # gradient clipping; 0 to disable
 weight_decay = 0.01  # not applied to biases and LayerNorm
@@ -78,7 +80,7 @@ seed = 42
 log_steps = 100  # batches from one line with loss and accuracy to the next
 best_metric = "accuracy"  # on dev: "accuracy" (exact match), "micro_f1", "macro_f1" or "loss"
 patience = 0  # stop after this many epochs without improvement; 0 to disable
-min_label_support = 10  # labels with fewer dev examples get no threshold of their own
+min_label_support = 5  # labels with fewer dev examples get no threshold of their own
 resume = True  # continue an interrupted run; False starts over
 checkpoint_minutes = 10  # from one checkpoint to the next, besides the one after every epoch
 
@@ -118,7 +120,7 @@ def train():
 
     torch.manual_seed(seed)
     model = BertMultiLabelCls(None, len(label2idx), dropout, load_pretrained(BertModel, folder)).to(device)
-    init_bias(model.fc, train_dataset.label_counts, len(train_dataset))
+    init_classifier(model, train_dataset, dtype, checkpoint)
     network = wrap_model(model, compile_model, world_size)  # what trains the weights of model
     criterion = nn.BCELoss()
     optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, head_lr, weight_decay), fused=True)
@@ -198,6 +200,18 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.detach().cpu() > 0.5).int().numpy())
 
 
+def init_classifier(model, train_dataset, dtype, checkpoint):
+    """Start the classifier from the labels' shares and, with many labels, from the texts that have them."""
+    label_counts, num_texts = train_dataset.label_counts, len(train_dataset)
+    init_bias(model.fc, label_counts, num_texts)
+    if len(label_counts) < many_labels or checkpoint.states is not None:  # resumed: loaded with the weights
+        return
+    dataloader = eval_dataloader(train_dataset, batch_size, device, *init_distributed(device))
+    sums = [all_reduce(tensor) for tensor in pooled_sums(model, dataloader, dtype)]
+    init_from_texts(model.fc, label_counts, num_texts, *sums)
+    log("note", f"{len(label_counts)} labels: the classifier starts from the texts that have each of them")
+
+
 def dev(model, dataloader, criterion, return_predictions=False):
     """Return (mean loss, accuracy) over a DataLoader; with return_predictions also the Predictions."""
     batches = predict_batches(model, dataloader, choose_dtype(precision, device))
@@ -244,7 +258,8 @@ def report(checkpoint, num_epochs, dtype):
         names = ("precision@1", "precision@3", "precision@5", "mean_average_precision")
         log(name, **{key: f"{metrics[name][key]:.3f}" for key in names if key in metrics[name]})
     thresholds = load_json_object(output_path("config.json"))["thresholds"]
-    scores = {f"at_{name}": f"{score:.3f}" for name, score in thresholds["cross_validation"].items()}
+    scores = thresholds["cross_validation"]
+    scores = {f"at_{name}": f"{scores[name]:.3f}" for name in ("0.5", "single", "by_label")}
     log("tuned", recommended=thresholds["recommended"], metric=tuned_metric(), **scores)
     note_what_helps(history, num_epochs, metrics["dev"]["by_label"])
     if is_main_process():
@@ -388,9 +403,9 @@ shipped = dict(
     label2idx_path="./data/label2idx.json", save_model_path="./model/multi_label_cls.pth",
     checkpoint_name="checkpoint.pth", scratch_name="scratch_encoder", tensorboard_name="runs",
     precision="auto", compile_model=False, pad_to_multiple_of=8, lr=2e-05, head_lr_factor=10,
-    epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1,
+    epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, many_labels=500,
     warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
-    best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
+    best_metric="accuracy", patience=0, min_label_support=5, resume=True, checkpoint_minutes=10,
     scratch_lr=0.0005, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
 )
 # fmt: on
@@ -405,7 +420,9 @@ def check_constants():
     """Raise InputError if a constant is out of range."""
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: not "accuracy", "micro_f1", "macro_f1" or "loss"')
-    for name in "epochs scratch_epochs batch_size accumulation_steps pad_to_multiple_of log_steps".split():
+    for name in (
+        "epochs scratch_epochs batch_size accumulation_steps pad_to_multiple_of log_steps many_labels".split()
+    ):
         check_number(name, globals()[name], 1, integer=True)
     for name in ("patience", "min_label_support", "seed"):
         check_number(name, globals()[name], 0, integer=True)

@@ -1,16 +1,17 @@
 """A baseline on the same files: TF-IDF of character 1- to 3-grams with one-vs-rest LinearSVC.
 
-reads   ./data/train.json, ./data/test.json, ./model/ (run `python train.py` first)
-run     python tests/baseline.py    from the repository's root; prints one line for each of the two
+Its thresholds are tuned on dev as those of the model are: a fair comparison needs both or neither.
+
+reads   ./data/train.json, dev.json, test.json, ./model/ (run `python train.py` first)
+run     python tests/baseline.py    from the repository's root; prints a line for each kind of threshold
 """
 
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import accuracy_score, f1_score
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import MultiLabelBinarizer
 from sklearn.svm import LinearSVC
@@ -18,10 +19,11 @@ from sklearn.svm import LinearSVC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import predict
+import train
+from data_helper import collect_predictions, metrics_report, tune_thresholds
 from data_preprocess import run_script
 
-train_path = "./data/train.json"
-test_path = "./data/test.json"
+data_paths = ("./data/train.json", "./data/dev.json", "./data/test.json")
 
 
 def read(path):
@@ -30,34 +32,41 @@ def read(path):
     return [example["text"] for example in examples], [example["label"] for example in examples]
 
 
-def compare(train_path, test_path):
-    """Return {name: (accuracy, micro F1, macro F1)} on the test file, of the baseline and the model."""
-    (train_texts, train_labels), (test_texts, test_labels) = read(train_path), read(test_path)
-    binarizer = MultiLabelBinarizer().fit(train_labels)
+def compare(data_paths):
+    """Return {name: metrics_report on the test file}, of the baseline and the model, with `recommended`."""
+    names, config = predict.get_labels(), predict.get_model()[0].bert.config
+    binarizer = MultiLabelBinarizer(classes=names)
+    texts, labels = zip(*map(read, data_paths), strict=True)
+    labels = [torch.tensor(binarizer.fit_transform(rows)).float() for rows in labels]
+    dev, test = (
+        collect_predictions([(probs, truth)], len(names), torch.nn.BCELoss())
+        for probs, truth in zip(svm_probs(texts, labels[0]), labels[1:], strict=True)
+    )
+    thresholds = tune_thresholds(dev, names, train.min_label_support, train.tuned_metric())
+    found = {"tfidf_linear_svc": metrics_report(test, names, thresholds) | thresholds}
+    probs = torch.from_numpy(predict.predict_proba(texts[2]))
+    test = collect_predictions([(probs, labels[2])], len(names), torch.nn.BCELoss())
+    return found | {"this_project": metrics_report(test, names, config.thresholds) | config.thresholds}
+
+
+def svm_probs(texts, labels):
+    """Yield the sigmoid of the margins of dev and of test; texts: of the three files, labels: of training."""
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3))
-    classifier = OneVsRestClassifier(LinearSVC()).fit(
-        vectorizer.fit_transform(train_texts), binarizer.transform(train_labels)
-    )
-    predicted = {
-        "tfidf_linear_svc": classifier.predict(vectorizer.transform(test_texts)),
-        "this_project": binarizer.transform(predict.predict(test_texts)),
-    }
-    truth = binarizer.transform(test_labels)
-    return {name: scores(truth, labels) for name, labels in predicted.items()}
-
-
-def scores(truth, predicted):
-    """Return (accuracy, micro F1, macro F1) of two matrices (N, C) of 0 and 1."""
-    micro, macro = (
-        f1_score(truth, predicted, average=average, zero_division=0) for average in ("micro", "macro")
-    )
-    return accuracy_score(truth, np.asarray(predicted)), micro, macro
+    classifier = OneVsRestClassifier(LinearSVC()).fit(vectorizer.fit_transform(texts[0]), labels.numpy())
+    for held_out in texts[1:]:
+        margins = classifier.decision_function(vectorizer.transform(held_out))
+        yield torch.from_numpy(margins).float().view(len(held_out), -1).sigmoid()
 
 
 def main():
-    """Print a line for each."""
-    for name, (accuracy, micro, macro) in compare(train_path, test_path).items():
-        print(f"{name} accuracy={accuracy:.4f} micro_f1={micro:.4f} macro_f1={macro:.4f}")
+    """Print three lines for each, and which thresholds its dev file recommends."""
+    for name, metrics in compare(data_paths).items():
+        for threshold in ("0.5", "single", "by_label"):
+            keys = ("accuracy", "micro_f1", "macro_f1")
+            scores = " ".join(f"{key}={metrics[f'at_{threshold}'][key]:.4f}" for key in keys)
+            recommended = " recommended" * (threshold == metrics["recommended"])
+            print(f"{name} threshold={threshold} {scores}{recommended}")
+        print(f"{name} precision@1={metrics['precision@1']:.4f} map={metrics['mean_average_precision']:.4f}")
 
 
 if __name__ == "__main__":

@@ -549,7 +549,7 @@ def test_thresholds_are_those_that_are_best_of_all(project, monkeypatch, seed):
     flat_probs = [p for row in probs for p in row]
     assert tuned["single"] in best_threshold(flat, flat_probs)
     for column, threshold, values in zip(columns, tuned["by_label"].values(), zip(*probs)):
-        expected = best_threshold(column, list(values), flat, flat_probs, added=5)
+        expected = best_threshold(column, list(values), flat, flat_probs, data_helper.average_examples)
         assert threshold in (expected if sum(column) >= 5 else [tuned["single"]])
 
 

@@ -34,8 +34,10 @@ def results(folder):
     return torch.tensor(numbers), torch.tensor([test["loss"], *test["at_0.5"].values()])
 
 
-@pytest.mark.parametrize("processes, batch_size", [(2, 4), (4, 2)])
-def test_several_processes_follow_one_with_the_same_batch(project, still_encoder, processes, batch_size):
+@pytest.mark.parametrize("processes, batch_size, many_labels", [(2, 4, 500), (4, 2, 4)])
+def test_several_processes_follow_one_with_the_same_batch(
+    project, still_encoder, processes, batch_size, many_labels
+):
     """51 texts in batches of 8: the 3 shortest are 2 and 1 for two processes, none for the last of four."""
     shortest = [("", ["体育", "财经"]), ("股", ["股市"]), ("中", [])]
     write_jsonl("data/train.json", EXAMPLES * 8 + shortest)
@@ -43,8 +45,9 @@ def test_several_processes_follow_one_with_the_same_batch(project, still_encoder
     runs = {}
     for count, size in ((1, 8), (processes, batch_size)):
         folder = f"./model{count}"
-        sizes = {"batch_size": size, "accumulation_steps": 2, "save_model_path": folder}
-        code, out, err = finish(start(script(still_encoder, dropout=0.0, **sizes), count))
+        sizes = {"batch_size": size, "accumulation_steps": 2, "many_labels": many_labels}
+        run = script(still_encoder, dropout=0.0, save_model_path=folder, **sizes)
+        code, out, err = finish(start(run, count))
         assert code == 0, err
         runs[count] = results(folder)
         assert out.count("\nepoch ") == 3 and out.count("\nbest ") == 1

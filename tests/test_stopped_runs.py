@@ -183,7 +183,7 @@ def test_a_killed_run_that_trains_on_from_its_own_folder_resumes_too(project, tr
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     project, encoder_folder, number, code, processes
 ):
-    run = script(encoder_folder, epochs=6)
+    run = script(encoder_folder, epochs=6, many_labels=4)
     run_to_end(run, processes)
     shutil.move("model", "reference")
     child = start(SLOW + run, processes)

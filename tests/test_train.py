@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizer, pipeline
 
 import bert_multilabel_cls
+import data_helper
 import data_preprocess
 import predict
 import train
@@ -22,7 +23,7 @@ from bert_multilabel_cls import BertMultiLabelCls, load_model
 from conftest import EXAMPLES, TOKENS, as_predictions, contents, finish, script, start, without_key_biases
 from conftest import write_jsonl
 from data_helper import MultiClsDataSet
-from data_preprocess import InputError
+from data_preprocess import InputError, load_json
 
 
 def history():
@@ -70,6 +71,39 @@ def test_the_bias_starts_at_the_log_odds_of_each_label(project, monkeypatch):
     train.train()
     bias = load_model("model")[0].fc.bias  # of 中超, 体育, 股市, 财经
     torch.testing.assert_close(torch.sigmoid(bias).tolist(), [0.25, 0.2, 0.2, 0.8])
+
+
+def test_many_labels_start_from_the_texts_that_have_them(project, monkeypatch, capsys):
+    """The weights are those of the formula; a model that has not trained a step finds labels by them."""
+    set_train(monkeypatch, epochs=1, lr=0.0, batch_size=5, many_labels=4)
+    train.train()
+    assert "note     4 labels: the classifier starts from the texts that have each" in capsys.readouterr().out
+    model, dataset = load_model("model")[0], MultiClsDataSet(train.train_path)
+    with torch.no_grad():
+        pooled = model.bert(*dataset[:][:2]).pooler_output.double().numpy()
+    labels = dataset.labels.double().numpy()
+    mean, counts, prior = pooled.mean(0), labels.sum(0), bert_multilabel_cls.init_prior_texts
+    covariance = np.cov(pooled.T, bias=True)
+    covariance += bert_multilabel_cls.init_ridge * covariance.diagonal().mean() * np.eye(len(mean))
+    shifts = labels.T @ (pooled - mean) / (counts + prior)[:, None]
+    weights = shifts @ np.linalg.inv(covariance)
+    assert model.fc.weight.detach().numpy() == pytest.approx(weights, abs=1e-3)
+    logits = (pooled - mean) @ weights.T - (weights * shifts).sum(1) / 2 + np.log(counts / (48 - counts))
+    found = predict.predict_proba([json.loads(line)["text"] for line in open(train.train_path, "rb")])
+    assert found == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-3)
+    precision = load_json("model/metrics.json")["dev"]["mean_average_precision"]
+    monkeypatch.setattr(train, "many_labels", 5)
+    train.train()
+    assert load_json("model/metrics.json")["dev"]["mean_average_precision"] + 0.1 < precision
+
+
+def test_a_label_that_no_text_has_starts_with_the_others(project, monkeypatch):
+    """Its weights are 0, its probability that of its share."""
+    write_jsonl("data/train.json", [("中", ["中超"]), ("股", ["股市"]), ("球", ["体育", "中超"]), ("今", [])])
+    set_train(monkeypatch, epochs=1, lr=0.0, many_labels=1)
+    train.train()
+    fc = load_model("model")[0].fc
+    assert not fc.weight[3].any() and torch.sigmoid(fc.bias[3]).item() == pytest.approx(0.2)
 
 
 def test_biases_and_layer_norm_do_not_decay(project, monkeypatch):
@@ -546,8 +580,12 @@ def test_thresholds_are_the_best_on_dev_and_on_no_other_file(project, monkeypatc
             return np.array([2 * (true & predicted).sum(), true.sum() + predicted.sum()])
 
         def f1(threshold, labels=slice(None), truth=truth):
-            """Of a label, to which the share of three examples of all labels is added."""
-            added = 0 if labels == slice(None) else 3 / truth.sum() * counts(threshold, truth=truth)
+            """Of a label, to which examples of an average label are added."""
+            added = (
+                0
+                if labels == slice(None)
+                else data_helper.average_examples / truth.sum() * counts(threshold, truth=truth)
+            )
             found, total = counts(threshold, labels, truth) + added
             return found / max(1, total)
 
