@@ -563,6 +563,25 @@ def test_thresholds_are_tuned_for_all_and_for_labels_with_enough_examples(projec
     assert tuned.keys() == {"single", "by_label", "recommended", "cross_validation"}
 
 
+@pytest.mark.parametrize(
+    "shifts, recommended",
+    [
+        ((0.0, 0.0), "0.5"),  # all do equally well: the simplest
+        ((-0.2, -0.2), "single"),
+        ((-0.3, 0.15), "by_label"),
+    ],
+)
+def test_recommended_is_what_is_best_on_texts_left_out(shifts, recommended):
+    generator = torch.Generator().manual_seed(5)
+    labels = (torch.rand(400, 2, generator=generator) < 0.5).float()
+    noise = torch.rand(400, 2, generator=generator)
+    probs = (0.3 + 0.3 * labels + torch.tensor(shifts) + 0.1 * noise).clamp(0.01, 0.99)
+    tuned = data_helper.tune_thresholds(as_predictions(labels, probs), ["a", "b"], 5, "macro_f1")
+    scores = tuned["cross_validation"]
+    assert tuned["recommended"] == recommended and scores[recommended] == max(scores.values())
+    assert scores.keys() == {"0.5", "single", "by_label"}
+
+
 def test_among_equal_thresholds_the_nearest_to_one_half_is_taken(project, monkeypatch):
     metrics = train_with_probs(monkeypatch, [["a"], []], [[0.9], [0.1]], ("a",), min_label_support=1)
     assert (metrics["thresholds"]["single"], metrics["thresholds"]["by_label"]) == (0.5, {"a": 0.5})

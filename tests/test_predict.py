@@ -118,6 +118,23 @@ def test_tuned_thresholds_are_those_of_the_model(trained, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "recommended, chosen", [("0.5", ["体育", "财经"]), ("single", ["体育"]), ("by_label", ["中超", "股市"])]
+)
+def test_tuned_takes_the_thresholds_that_are_recommended(trained, monkeypatch, recommended, chosen):
+    names = predict.get_labels()
+    model, tokenizer, label2idx = bert_multilabel_cls.load_model("./model")
+    thresholds = {
+        "single": 0.7,
+        "by_label": dict(zip(names, (0.1, 0.95, 0.2, 0.8))),
+        "recommended": recommended,
+    }
+    bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model", thresholds)
+    monkeypatch.setattr(BertMultiLabelCls, "forward", lambda *_: torch.tensor([[0.2, 0.9, 0.3, 0.6]]))
+    monkeypatch.setattr(predict, "threshold", "tuned")
+    assert predict.predict(["今日"]) == [chosen]
+
+
+@pytest.mark.parametrize(
     "at_least, at_most", [(-1, None), (3, 1), (0, -1), (1.5, None), ("2", None), (0, "2")]
 )
 def test_numbers_of_labels_out_of_range_are_an_error(trained, monkeypatch, at_least, at_most):
