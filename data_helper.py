@@ -431,8 +431,8 @@ def tune_thresholds(predictions, names, min_label_support, metric):
 def choose_thresholds(support, predicted, found, min_label_support):
     """Return (the threshold with the best micro F1, those with the best F1 by label (C,)) of counts (91, C).
 
-    At a tie the nearest to 0.5. A label with fewer than min_label_support examples takes the single one; to
-    those of the others average_examples of an average label are added, so that few do not lead far astray.
+    At a tie the nearest to 0.5. The labels with fewer than min_label_support examples share one. To the
+    counts of a label, or of these, average_examples of an average label are added: few do not lead astray.
     """
 
     def best(*counts):
@@ -445,8 +445,9 @@ def choose_thresholds(support, predicted, found, min_label_support):
     totals = [count.sum(1, keepdim=True) for count in counts]
     weight = average_examples / totals[0].clamp(min=1)
     [single] = best(*totals)
-    by_label = best(*(count + weight * total for count, total in zip(counts, totals, strict=True)))
-    return single, torch.where(support[0] >= min_label_support, by_label, single)
+    rare = support[0] < min_label_support
+    counts = [torch.where(rare, count[:, rare].sum(1, keepdim=True), count) for count in counts]
+    return single, best(*(count + weight * total for count, total in zip(counts, totals, strict=True)))
 
 
 def misclassified(examples, predictions, names):

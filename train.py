@@ -80,7 +80,7 @@ seed = 42
 log_steps = 100  # batches from one line with loss and accuracy to the next
 best_metric = "accuracy"  # on dev: "accuracy" (exact match), "micro_f1", "macro_f1" or "loss"
 patience = 0  # stop after this many epochs without improvement; 0 to disable
-min_label_support = 5  # labels with fewer dev examples get no threshold of their own
+min_label_support = 10  # labels with fewer dev examples share a threshold
 resume = True  # continue an interrupted run; False starts over
 checkpoint_minutes = 10  # from one checkpoint to the next, besides the one after every epoch
 
@@ -405,7 +405,7 @@ shipped = dict(
     precision="auto", compile_model=False, pad_to_multiple_of=8, lr=2e-05, head_lr_factor=10,
     epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, many_labels=500,
     warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
-    best_metric="accuracy", patience=0, min_label_support=5, resume=True, checkpoint_minutes=10,
+    best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
     scratch_lr=0.0005, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
 )
 # fmt: on
