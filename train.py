@@ -210,6 +210,8 @@ def init_classifier(model, train_dataset, dtype, checkpoint):
     sums = [all_reduce(tensor) for tensor in pooled_sums(model, dataloader, dtype)]
     init_from_texts(model.fc, label_counts, num_texts, *sums)
     log("note", f"{len(label_counts)} labels: the classifier starts from the texts that have each of them")
+    if best_metric == "accuracy":
+        log("note", 'hardly any text will get all its labels right; set best_metric = "micro_f1"')
 
 
 def dev(model, dataloader, criterion, return_predictions=False):

@@ -77,7 +77,9 @@ def test_many_labels_start_from_the_texts_that_have_them(project, monkeypatch, c
     """The weights are those of the formula; a model that has not trained a step finds labels by them."""
     set_train(monkeypatch, epochs=1, lr=0.0, batch_size=5, many_labels=4)
     train.train()
-    assert "note     4 labels: the classifier starts from the texts that have each" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "note     4 labels: the classifier starts from the texts that have each of them\n" in printed
+    assert 'right; set best_metric = "micro_f1"\n' in printed
     model, dataset = load_model("model")[0], MultiClsDataSet(train.train_path)
     with torch.no_grad():
         pooled = model.bert(*dataset[:][:2]).pooler_output.double().numpy()
