@@ -309,7 +309,7 @@ def ranking_sums(probs, labels):
 def average_precision(predictions):
     """Return the average precision of each label, (C,), as scikit-learn defines it; NaN without examples.
 
-    Below the lowest threshold all of a bin, a fifth wide, count as equal: there it is a lower bound.
+    Below the lowest threshold it is a lower bound: there the others in a bin, a fifth wide, come first.
     """
     bins, columns = predictions.rejected.nonzero(as_tuple=True)
     edges = ((bins + first_bin + 1) * 2**21).int().view(torch.float32).clamp(max=threshold_grid[0])
@@ -387,7 +387,7 @@ def metrics_report(predictions, names, thresholds):
     """Return metrics that need no threshold, at 0.5 and at the tuned thresholds, and by label at 0.5."""
     precision, probs = average_precision(predictions), predictions.probs
     metrics = {name: total / predictions.num_texts for name, total in sorted(predictions.sums.items())}
-    metrics["mean_average_precision"] = precision.nanmean().item()
+    metrics["mean_average_precision"] = precision.nanmean().nan_to_num().item()
     metrics["labels_without_examples"] = int(precision.isnan().sum())
     by_label = torch.tensor([thresholds["by_label"][name] for name in names])[predictions.columns]
     metrics["at_0.5"] = compute_metrics(predictions)

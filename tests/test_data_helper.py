@@ -490,6 +490,17 @@ def test_average_precision_is_that_of_scikit_learn_or_hardly_less(low, ties):
         assert expected - slack < found[column] < expected + 1e-6
 
 
+@pytest.mark.parametrize("num_texts", [1, 3])
+def test_texts_without_any_label_have_scores_of_0_and_thresholds(num_texts):
+    predictions = as_predictions(torch.zeros(num_texts, 3), torch.full((num_texts, 3), 0.3))
+    metrics = report(predictions)
+    assert metrics["mean_average_precision"] == metrics["precision@1"] == metrics["ndcg@3"] == 0
+    assert metrics["labels_without_examples"] == 3 and metrics["at_0.5"]["accuracy"] == 1
+    tuned = data_helper.tune_thresholds(predictions, ["0", "1", "2"], 10, "micro_f1")
+    assert tuned["recommended"] == "0.5" and tuned["single"] == 0.5
+    assert list(data_helper.misclassified([], predictions, [])) == []
+
+
 def test_entries_of_several_batches_in_any_order_are_those_of_one():
     labels, probs = random_matrices(50, 9, 3)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(7)
