@@ -121,7 +121,7 @@ def init_from_texts(fc, label_counts, num_texts, total, products, by_label):
     """
     mean = total[0] / num_texts
     covariance = products / num_texts - torch.outer(mean, mean)
-    ridge = init_ridge * covariance.diagonal().mean()
+    ridge = init_ridge * covariance.diagonal().mean() + 1e-12  # all texts may be alike
     counts = label_counts[:, None]
     shifts = (by_label - counts * mean) / (counts + init_prior_texts)
     weights = torch.linalg.solve(covariance + ridge * torch.eye(len(mean)), shifts.T).T
@@ -776,7 +776,7 @@ def predict_batches(model, dataloader, dtype=torch.float32):
     model.eval()
     device, batches = model.fc.weight.device, iter(dataloader)
     dtype = dtype if model.bert.dtype == torch.float32 else torch.float32
-    while group := list(islice(batches, batches_in_flight)):
+    while group := list(islice(batches, batches_in_flight if device.type == "cuda" else 1)):
         outputs = []
         for *inputs, _ in group:
             with oom_hint(inputs[0]), autocast(device, dtype):

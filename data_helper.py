@@ -30,7 +30,7 @@ max_chars_per_token = 1000  # characters read for each token kept: no need to to
 mega_batch_mult = 50  # batches whose texts are drawn at random and then sorted by length
 
 threshold_grid = torch.arange(5, 96) / 100  # what thresholds are chosen from
-average_examples = 20  # of all labels, added to those of a label when its threshold is chosen
+average_examples = 40  # of all labels, added to those of a label when its threshold is chosen
 num_folds = 5  # of dev, to see which thresholds hold on other texts
 num_bins, first_bin = 64, 427  # of probabilities up to 0.05, by the first 11 bits of a float32: 4 an octave
 ranks = (1, 3, 5)  # k of precision@k and nDCG@k

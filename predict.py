@@ -171,7 +171,7 @@ def get_thresholds(config, names):
     chosen = threshold
     if threshold == "tuned":
         recommended = config.thresholds.get("recommended", "by_label")  # older models have none
-        chosen = 0.5 if recommended == "0.5" else config.thresholds.get(recommended)
+        chosen = 0.5 if recommended == "0.5" else config.thresholds.get(str(recommended))
         if not chosen:
             raise InputError(f'threshold = "tuned": {save_model_path} has no tuned thresholds; set a number')
     if not isinstance(chosen, dict):

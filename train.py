@@ -120,7 +120,10 @@ def train():
 
     torch.manual_seed(seed)
     model = BertMultiLabelCls(None, len(label2idx), dropout, load_pretrained(BertModel, folder)).to(device)
-    init_classifier(model, train_dataset, dtype, checkpoint)
+    init_bias(model.fc, train_dataset.label_counts, len(train_dataset))
+    from_scratch = folder == output_path(scratch_name)  # whose outputs hardly differ from text to text yet
+    if len(label2idx) >= many_labels and not from_scratch and checkpoint.states is None:
+        init_classifier(model, train_dataset, dtype)
     network = wrap_model(model, compile_model, world_size)  # what trains the weights of model
     criterion = nn.BCELoss()
     optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, head_lr, weight_decay), fused=True)
@@ -200,16 +203,13 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.detach().cpu() > 0.5).int().numpy())
 
 
-def init_classifier(model, train_dataset, dtype, checkpoint):
-    """Start the classifier from the labels' shares and, with many labels, from the texts that have them."""
-    label_counts, num_texts = train_dataset.label_counts, len(train_dataset)
-    init_bias(model.fc, label_counts, num_texts)
-    if len(label_counts) < many_labels or checkpoint.states is not None:  # resumed: loaded with the weights
-        return
+def init_classifier(model, train_dataset, dtype):
+    """Start the classifier from what the encoder makes of the training texts that have each label."""
     dataloader = eval_dataloader(train_dataset, batch_size, device, *init_distributed(device))
     sums = [all_reduce(tensor) for tensor in pooled_sums(model, dataloader, dtype)]
-    init_from_texts(model.fc, label_counts, num_texts, *sums)
-    log("note", f"{len(label_counts)} labels: the classifier starts from the texts that have each of them")
+    init_from_texts(model.fc, train_dataset.label_counts, len(train_dataset), *sums)
+    num_labels = model.fc.out_features
+    log("note", f"{num_labels} labels: the classifier starts from the texts that have each of them")
     if best_metric == "accuracy":
         log("note", 'hardly any text will get all its labels right; set best_metric = "micro_f1"')
 

@@ -99,6 +99,21 @@ def test_many_labels_start_from_the_texts_that_have_them(project, monkeypatch, c
     assert load_json("model/metrics.json")["dev"]["mean_average_precision"] + 0.1 < precision
 
 
+def test_an_encoder_from_scratch_does_not_start_from_texts(project, monkeypatch, offline, capsys):
+    """Its outputs hardly differ: the first steps would overshoot."""
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", bert_multilabel_cls.default_model)
+    set_train(monkeypatch, scratch_epochs=1, many_labels=1)
+    train.train()
+    assert "the classifier starts from" not in capsys.readouterr().out
+
+
+def test_texts_that_are_all_alike_start_with_their_shares(project, monkeypatch):
+    write_jsonl("data/train.json", [("中", ["中超", "体育", "股市", "财经"]), ("中", [])])
+    set_train(monkeypatch, epochs=1, lr=0.0, many_labels=1)
+    train.train()
+    assert predict.predict_proba(["中"]) == pytest.approx(np.full((1, 4), 0.5), abs=1e-3)
+
+
 def test_a_label_that_no_text_has_starts_with_the_others(project, monkeypatch):
     """Its weights are 0, its probability that of its share."""
     write_jsonl("data/train.json", [("中", ["中超"]), ("股", ["股市"]), ("球", ["体育", "中超"]), ("今", [])])
