@@ -346,6 +346,10 @@ class Checkpoint:
             try:
                 for part, state in zip(parts, self.states, strict=True):
                     part.load_state_dict(state)
+                for parameter, state in parts[1].state.items():  # which load_state_dict does not look at
+                    expected = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                    if {name: value.shape for name, value in state.items()} != expected:
+                        raise ValueError
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):
                 raise InputError(f"{self.path}: not a checkpoint of a run; {start_over(self.path)}") from None
             log("resume", f"from {self.path}", epoch=self.epoch + 1, batch=self.batch)

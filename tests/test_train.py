@@ -221,14 +221,17 @@ def test_every_line_fits_100_columns_and_has_one_form(project, monkeypatch, caps
     monkeypatch.setattr(predict, "input_path", "data/test.json")
     monkeypatch.setattr(predict, "output_path", "out.json")
     predict.main()
-    printed, lines = "texts length rare wrote data note model plan train epoch stop best label dev test ", []
+    printed, lines = (
+        "texts length rare wrote data note model plan train epoch stop best label dev test tuned ",
+        [],
+    )
     for line in capsys.readouterr().out.splitlines():
         assert len(line) <= 100 and re.match(r"[a-z]+ +(?<=^.{9})[^ ]", line), line
         lines.append((line[:8].rstrip(), line[9:]))
     assert {event for event, _ in lines} == set((printed + "input checked scores").split())
     for event, text in lines:
         if event not in ("note", "stop"):  # these are prose
-            assert re.fullmatch(r"([^ =]+ )*[a-z0-9_.]+=[^ ]+( [a-z0-9_.]+=[^ ]+)*", text), text
+            assert re.fullmatch(r"([^ =]+ )*[a-z0-9_.@]+=[^ ]+( [a-z0-9_.@]+=[^ ]+)*", text), text
     assert sum(event == "note" for event, _ in lines) > 2  # it is wrapped
 
 
