@@ -21,8 +21,8 @@ import shutil
 import threading
 import unicodedata
 from contextlib import contextmanager, suppress
-from itertools import islice
 from importlib.util import find_spec
+from itertools import islice
 
 import safetensors.torch
 import torch
@@ -40,7 +40,8 @@ from data_preprocess import load_label2idx, log, move_file, short_message, sibli
 
 default_model = "bert-base-chinese"  # do not change: the one that a small BERT replaces if it is missing
 pretrained_model = default_model  # any BERT: a Hugging Face id, or a local folder
-init_ridge, init_prior_texts = 0.1, 100  # of init_from_texts: share of the mean variance; texts
+init_ridge = 0.1  # added to the covariance in init_from_texts, as a share of its mean variance
+init_prior_texts = 100  # added to those of each label there, as alike as all texts
 hub_timeout = 8  # seconds after which the hub counts as unreachable
 # What training wraps around a network stands before the names of its weights.
 known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
@@ -776,7 +777,7 @@ def predict_batches(model, dataloader, dtype=torch.float32):
     model.eval()
     device, batches = model.fc.weight.device, iter(dataloader)
     dtype = dtype if model.bert.dtype == torch.float32 else torch.float32
-    while group := list(islice(batches, batches_in_flight if device.type == "cuda" else 1)):
+    while group := list(islice(batches, batches_in_flight)):
         outputs = []
         for *inputs, _ in group:
             with oom_hint(inputs[0]), autocast(device, dtype):

@@ -275,7 +275,7 @@ def collect_predictions(batches, num_labels, criterion, sampler=None):
     dtypes = torch.int32, torch.int32, torch.float32, torch.bool
     entries = [
         torch.frombuffer(buffer or bytearray(4), dtype=dtype)[: len(buffer)]
-        for buffer, dtype in zip(buffers, dtypes)
+        for buffer, dtype in zip(buffers, dtypes, strict=True)
     ]
     return Predictions(*entries, rejected.view(num_bins, num_labels), sums, num_texts, num_labels)
 
@@ -531,8 +531,8 @@ def build_scratch_encoder(texts, folder, seed=0):
 def scratch_tokenizer(texts):
     """Return a BertTokenizer with the characters, frequent words and frequent Chinese n-grams of `texts`.
 
-    BERT's own splits Chinese into characters. Without pretraining a network learns 股市 from far fewer texts
-    if it is one token, so the n-grams are added tokens; elsewhere a character is still a token.
+    BERT's own splits Chinese into characters. Without pretraining a network learns 股市 from far fewer
+    texts if it is one token, so the n-grams are added tokens; elsewhere a character is still a token.
     """
     backend = BertTokenizer().backend_tokenizer
     words = Counter()

@@ -203,17 +203,6 @@ def get_acc_score(y_true_tensor, y_pred_tensor):
     return accuracy_score(y_true_tensor.cpu().numpy(), (y_pred_tensor.detach().cpu() > 0.5).int().numpy())
 
 
-def init_classifier(model, train_dataset, dtype):
-    """Start the classifier from what the encoder makes of the training texts that have each label."""
-    dataloader = eval_dataloader(train_dataset, batch_size, device, *init_distributed(device))
-    sums = [all_reduce(tensor) for tensor in pooled_sums(model, dataloader, dtype)]
-    init_from_texts(model.fc, train_dataset.label_counts, len(train_dataset), *sums)
-    num_labels = model.fc.out_features
-    log("note", f"{num_labels} labels: the classifier starts from the texts that have each of them")
-    if best_metric == "accuracy":
-        log("note", 'hardly any text will get all its labels right; set best_metric = "micro_f1"')
-
-
 def dev(model, dataloader, criterion, return_predictions=False):
     """Return (mean loss, accuracy) over a DataLoader; with return_predictions also the Predictions."""
     batches = predict_batches(model, dataloader, choose_dtype(precision, device))
@@ -243,6 +232,17 @@ def test(model_path, test_data_path, return_report=False):
     return metrics, misclassified(list(read_examples(test_data_path)), predictions, names)
 
 
+def init_classifier(model, train_dataset, dtype):
+    """Start the classifier from what the encoder makes of the training texts that have each label."""
+    dataloader = eval_dataloader(train_dataset, batch_size, device, *init_distributed(device))
+    sums = [all_reduce(tensor) for tensor in pooled_sums(model, dataloader, dtype)]
+    init_from_texts(model.fc, train_dataset.label_counts, len(train_dataset), *sums)
+    num_labels = model.fc.out_features
+    log("note", f"{num_labels} labels: the classifier starts from the texts that have each of them")
+    if best_metric == "accuracy":
+        log("note", 'hardly any text will get all its labels right; set best_metric = "micro_f1"')
+
+
 def report(checkpoint, num_epochs, dtype):
     """Measure the best model on dev and test, write metrics.json and errors.jsonl, and end the run."""
     history = checkpoint.history
@@ -257,8 +257,8 @@ def report(checkpoint, num_epochs, dtype):
             log_label_metrics(metrics[name]["by_label"], f"all in {output_path('metrics.json')}")
         for threshold in ("0.5", "single", "by_label"):
             log_metrics(name, metrics[name][f"at_{threshold}"], threshold)
-        names = ("precision@1", "precision@3", "precision@5", "mean_average_precision")
-        log(name, **{key: f"{metrics[name][key]:.3f}" for key in names if key in metrics[name]})
+        ranking = ("precision@1", "precision@3", "precision@5", "mean_average_precision")
+        log(name, **{key: f"{metrics[name][key]:.3f}" for key in ranking if key in metrics[name]})
     thresholds = load_json_object(output_path("config.json"))["thresholds"]
     scores = thresholds["cross_validation"]
     scores = {f"at_{name}": f"{scores[name]:.3f}" for name in ("0.5", "single", "by_label")}

@@ -23,7 +23,7 @@ from bert_multilabel_cls import BertMultiLabelCls, load_model
 from conftest import EXAMPLES, TOKENS, as_predictions, contents, finish, script, start, without_key_biases
 from conftest import write_jsonl
 from data_helper import MultiClsDataSet
-from data_preprocess import InputError, load_json
+from data_preprocess import InputError
 
 
 def history():
@@ -93,10 +93,10 @@ def test_many_labels_start_from_the_texts_that_have_them(project, monkeypatch, c
     logits = (pooled - mean) @ weights.T - (weights * shifts).sum(1) / 2 + np.log(counts / (48 - counts))
     found = predict.predict_proba([json.loads(line)["text"] for line in open(train.train_path, "rb")])
     assert found == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-3)
-    precision = load_json("model/metrics.json")["dev"]["mean_average_precision"]
+    precision = data_preprocess.load_json("model/metrics.json")["dev"]["mean_average_precision"]
     monkeypatch.setattr(train, "many_labels", 5)
     train.train()
-    assert load_json("model/metrics.json")["dev"]["mean_average_precision"] + 0.1 < precision
+    assert data_preprocess.load_json("model/metrics.json")["dev"]["mean_average_precision"] + 0.1 < precision
 
 
 def test_an_encoder_from_scratch_does_not_start_from_texts(project, monkeypatch, offline, capsys):
