@@ -36,12 +36,13 @@ num_bins, first_bin = 64, 427  # of probabilities up to 0.05, by the first 11 bi
 ranks = (1, 3, 5)  # k of precision@k and nDCG@k
 
 # The small BERT that train.py trains from scratch if bert-base-chinese is missing.
-scratch_config = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
+scratch_config = dict(num_hidden_layers=2, hidden_size=512, num_attention_heads=8, intermediate_size=2048)
 scratch_vocab_size = 4000  # at most so many words, and so many Chinese n-grams
-scratch_min_freq = 4  # of each of these in the texts
+scratch_min_freq = 8  # of each of these in the texts
 scratch_texts = 20_000  # about so many texts are counted,
 scratch_max_chars = 512  # each up to this length
-scratch_window = 5  # tokens at most this far apart are neighbours
+scratch_window = 20  # tokens at most this far apart are neighbours, of
+scratch_tokens = 2_000_000  # about so many
 cjk_pattern = "[\u3400-\u9fff]"  # a Chinese character
 
 
@@ -522,7 +523,9 @@ def build_scratch_encoder(texts, folder, seed=0):
         torch.manual_seed(seed)
         bert = BertModel(BertConfig(vocab_size=len(tokenizer), **scratch_config))
         token_ids = tokenizer(texts, add_special_tokens=False).input_ids
+        token_ids = token_ids[:: 1 + sum(map(len, token_ids)) // scratch_tokens]
         init_embeddings_ppmi(bert.embeddings.word_embeddings.weight, token_ids)
+        init_bag_of_words(bert)
     with atomic_folder(folder) as path, offline():
         bert.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -594,6 +597,18 @@ def init_embeddings_ppmi(embeddings, token_ids):
     with torch.no_grad():
         vectors *= embeddings.std() / vectors[has_pairs].std()
         embeddings[has_pairs, : vectors.shape[1]] = vectors[has_pairs]
+
+
+def init_bag_of_words(bert):
+    """Add identities to the attention and the pooler of a new BERT: [CLS] starts as an average of the tokens.
+
+    Its random attention is as even, but lets nearly nothing of the text through.
+    """
+    attentions = [layer.attention for layer in bert.encoder.layer]
+    linears = [linear for attn in attentions for linear in (attn.self.value, attn.output.dense)]
+    with torch.no_grad():
+        for linear in (*linears, bert.pooler.dense):
+            linear.weight += torch.eye(len(linear.weight))
 
 
 def main():

@@ -85,7 +85,7 @@ resume = True  # continue an interrupted run; False starts over
 checkpoint_minutes = 10  # from one checkpoint to the next, besides the one after every epoch
 
 # The small BERT that is trained from scratch if bert-base-chinese is missing.
-scratch_lr = 5e-4  # of all its layers
+scratch_lr = 2.5e-4  # of all its layers
 scratch_epochs = 8
 
 
@@ -412,7 +412,7 @@ shipped = dict(
     epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, many_labels=500,
     warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
     best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
-    scratch_lr=0.0005, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
+    scratch_lr=0.00025, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
 )
 # fmt: on
 

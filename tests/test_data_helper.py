@@ -642,8 +642,8 @@ def test_the_scratch_encoder_is_an_ordinary_folder(project, monkeypatch, offline
     tokenizer = BertTokenizer.from_pretrained("model")
     bert = BertModel.from_pretrained("model")
     assert tokenizer.tokenize("股市低放 VS 龘") == ["股市", "低", "放", "vs", "[UNK]"]
-    assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 256
-    assert bert.config.num_hidden_layers == 4
+    assert bert.config.vocab_size == len(tokenizer) and bert.config.hidden_size == 512
+    assert bert.config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize(
@@ -661,13 +661,25 @@ def test_words_with_the_same_neighbours_start_with_similar_embeddings(project, m
     small = dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32)
     monkeypatch.setattr(data_helper, "scratch_config", small)  # fewer dimensions than tokens
     pairs = [("cat eats fish", "dog eats fish"), ("car needs fuel", "bus needs fuel")]
-    train_from_scratch(monkeypatch, [text for pair in pairs for text in pair] * 5)
+    train_from_scratch(monkeypatch, [text for pair in pairs for text in pair] * 10)
     tokenizer = BertTokenizer.from_pretrained("model")
     embeddings = BertModel.from_pretrained("model").embeddings.word_embeddings.weight
     words = embeddings[tokenizer.convert_tokens_to_ids(["cat", "dog", "car", "bus"])].detach()
     cosines = torch.cosine_similarity(words[:, None], words, dim=-1)
     assert cosines[0, 1] > 0.9 and cosines[2, 3] > 0.9 and cosines[:2, 2:].max() < 0.5
     assert words.std().item() == pytest.approx(0.02, rel=0.5)  # BertConfig's initializer_range
+
+
+def test_the_scratch_encoder_tells_texts_apart_before_training(project, monkeypatch, offline):
+    texts = ["cat eats fish", "fish fears cat", "car needs fuel", "fuel warms car"]
+    train_from_scratch(monkeypatch, texts * 10)
+    tokenizer, bert = BertTokenizer.from_pretrained("model"), BertModel.from_pretrained("model")
+    with torch.no_grad():
+        pooled = bert(**tokenizer(texts, return_tensors="pt"))[1]
+    pooled -= pooled.mean(0)  # what all share: [CLS], the positions
+    cosines = torch.cosine_similarity(pooled[:, None], pooled, dim=-1)
+    assert cosines[0, 1] > 0.2 and cosines[2, 3] > 0.2 and cosines[:2, 2:].max() < 0
+    assert pooled.std() > 0.05  # a random BERT has 0.02, of which a classifier learns slowly
 
 
 def test_the_scratch_encoder_is_the_same_under_any_hash_seed(project, tmp_path):

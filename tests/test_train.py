@@ -667,7 +667,7 @@ def test_without_a_network_training_goes_on_from_scratch(project, monkeypatch, o
         and "lr=0.0005" in printed
         and "epoch    1/1" in printed
     )
-    assert load_model("./model/multi_label_cls.pth", "")[0].bert.config.hidden_size == 256
+    assert load_model("./model/multi_label_cls.pth", "")[0].bert.config.hidden_size == 512
 
 
 def test_a_chosen_encoder_that_cannot_be_had_is_an_error(project, monkeypatch, offline):
