@@ -9,6 +9,7 @@ import gc
 import math
 import os
 import re
+import sys
 from array import array
 from collections import Counter
 from datetime import timedelta
@@ -22,7 +23,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
 from bert_multilabel_cls import atomic_folder, check_truncation, load_pretrained, offline
-from data_preprocess import InputError, get_world_size, is_main_process, load_label2idx
+from data_preprocess import InputError, get_world_size, is_main_process, load_label2idx, log
 from data_preprocess import read_examples, run_script
 
 tokenize_chunk_size = 1000  # texts tokenized at a time
@@ -513,6 +514,14 @@ def all_gather_object(value):
         values *= dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def exit_if_stopped(signals, resume, **where):
+    """Exit with 128 + the number of a signal that any process has got, and say how to go on from `where`."""
+    if number := int(all_reduce(torch.tensor(max(signals, default=0)), "MAX")):
+        remedy = "" if resume else "set resume = True and "
+        log("stopped", f"{remedy}run the same command again to resume;", **where)
+        sys.exit(128 + number)
 
 
 def build_scratch_encoder(texts, folder, seed=0):

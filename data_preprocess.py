@@ -649,10 +649,11 @@ def dump_jsonl(rows, out_path):
 
 
 @contextmanager
-def atomic_write(out_path):
+def atomic_write(out_path, progress_path=""):
     """Give a temporary path to write to; at the end of the block it replaces out_path.
 
     A reader, or a process killed at any time, sees the old file or the new one.
+    progress_path: a file that, if there is one, keeps the temporary one for another run to go on with.
     Raises InputError if the file cannot be written.
     """
     target = os.path.realpath(out_path)  # a symbolic link stays one
@@ -662,11 +663,14 @@ def atomic_write(out_path):
         yield temporary
         fsync_file(temporary)
         os.replace(temporary, target)
+        with suppress(FileNotFoundError):
+            os.remove(progress_path)
     except OSError as error:
         raise InputError(write_error(out_path, error)) from None
     finally:
-        with suppress(OSError):
-            os.remove(temporary)
+        if not os.path.exists(progress_path):
+            with suppress(OSError):
+                os.remove(temporary)
 
 
 def move_file(source, target):

@@ -4,6 +4,7 @@ reads   ./model/           written by `python train.py`
         input_path         if set, a file of texts of any size
 writes  output_path        a line for each text: {"text": "...", "label": ["A"], "probability": {"A": 0.98}},
                            or a .csv or .tsv file of the same
+        output_path.tmp, .progress    until it is complete: what an interrupted run needs to resume
 run     python predict.py "a text" "another"    or set `texts`, or input_path and output_path, below
         torchrun --nproc_per_node=4 predict.py    a file on 4 GPUs, with the same output
         in Python:  from predict import predict;  predict(["...", "..."])
@@ -16,8 +17,9 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from numbers import Real
 
@@ -28,11 +30,13 @@ from tqdm import tqdm
 import data_preprocess
 from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, limit_threads, load_lock
 from bert_multilabel_cls import load_model, predict_batches
-from data_helper import MultiClsDataSet, all_gather_object, all_reduce, confusion_counts, eval_dataloader
-from data_helper import init_distributed, metrics_from_counts, per_label_metrics
+from data_helper import MultiClsDataSet, all_gather_object, all_reduce, broadcast_object, confusion_counts
+from data_helper import eval_dataloader, exit_if_stopped, init_distributed, metrics_from_counts
+from data_helper import per_label_metrics
 from data_preprocess import InputError, atomic_write, check_labels, check_number, check_surrogates, check_text
-from data_preprocess import check_writable, decode_utf8, escape, file_format, is_main_process, label_names
-from data_preprocess import log, log_label_metrics, log_metrics, parse_json_line, plain_constants, read_lines
+from data_preprocess import check_writable, decode_utf8, dump_json, escape, file_format, file_sha256
+from data_preprocess import handle_signals, is_main_process, label_names, load_json_object, log
+from data_preprocess import log_label_metrics, log_metrics, parse_json_line, plain_constants, read_lines
 from data_preprocess import read_table, run_script, sibling_path, table_labels
 
 # JSONL with a "text" in each line; .csv or .tsv, whose text_column is set in data_preprocess.py; or plain
@@ -47,6 +51,7 @@ keep_tail = None  # tokens of a truncated text that are kept from its end. None:
 batch_size = 32  # texts; more need more memory
 chunk_size = 4096  # texts tokenized, sorted by length and held in memory at a time
 precision = "auto"  # of the weights; "fp32" for exact probabilities
+resume = True  # continue an interrupted file; False starts over
 
 threshold = 0.5  # of the probability; {"billing": 0.3}: the others at 0.5; "tuned": recommended in training
 min_labels = 0  # at least so many labels per text, the most probable ones
@@ -97,8 +102,9 @@ def predict_file():
     """Label the texts of input_path in output_path; print metrics where the input has labels.
 
     One chunk is in memory at a time. Under torchrun the processes take chunks in turn: the output is the same
-    for any number of processes.
-    Raises InputError naming file and line for an invalid input, before anything is computed.
+    for any number of processes. Resumes an interrupted run after the last chunk that is on disk.
+    Raises InputError naming file and line for an invalid input, before anything is computed; SystemExit after
+    SIGTERM or Ctrl-C.
     """
     rank, world_size = init_distributed(device)
     check_paths()
@@ -106,35 +112,43 @@ def predict_file():
     check_numbers(model.bert.config)
     names = label_names(label2idx)
     thresholds = get_thresholds(model.bert.config, names)
-    start_time = time.perf_counter()
     dtype = str(model.bert.dtype).removeprefix("torch.")
     log("input", path=input_path, device=device, dtype=dtype, processes=world_size)
     num_texts, columns = validate_input(label2idx)
     log("checked", texts=num_texts)
     header, format_row = get_format(columns, names)
-    counts = torch.zeros(5, len(names), dtype=torch.int64)
-    bar = tqdm(total=num_texts, unit="text", leave=False, disable=None if is_main_process() else True)
+    config = run_config(model, tokenizer, thresholds)
+    progress = broadcast_object(lambda: load_progress(config, len(names)))
+    start, counts = progress["texts"], torch.tensor(progress["counts"])
+    bar_options = {"unit": "text", "leave": False, "disable": None if is_main_process() else True}
+    bar = tqdm(total=num_texts, initial=start, **bar_options)
+    start_time = time.perf_counter()
 
     def on_batch(batch):
         """Move the bar on, on behalf of all processes."""
         bar.update(min(len(batch[0]) * world_size, num_texts - bar.n))
         return batch
 
-    with bar, open_output() as file:
-        file.write(header)
-        for items in read_shards(rank, world_size, num_texts):
+    with handle_signals() as signals, bar, open_output(progress["bytes"]) as file:
+        file.write(b"" if start else header)
+        for items in read_shards(rank, world_size, num_texts, start):
             examples = [(text, labels or ()) for _, text, labels, _ in items]
-            rows = [b""] * len(items)
+            rows, chunk_counts = [b""] * len(items), torch.zeros_like(counts)
             for batch, probs, true in iter_probs(examples, model, tokenizer, label2idx, on_batch):
                 chosen = choose_labels(probs, thresholds)
                 labelled = [items[i][2] is not None for i in batch]
-                counts += count_batch(true[labelled], chosen[labelled])
+                chunk_counts += count_batch(true[labelled], chosen[labelled])
                 for i, *row in zip(batch, chosen, probs, strict=True):
                     rows[i] = format_row(items[i], *row)
             file.writelines(all_gather_object(b"".join(rows)))
-    log_scores(all_reduce(counts), names)
+            counts += all_reduce(chunk_counts)
+            progress["texts"] += chunk_size * world_size
+            if progress["texts"] < num_texts:
+                save_progress(file, {**progress, "counts": counts.tolist()})
+                exit_if_stopped(signals, resume, texts=progress["texts"])
+    log_scores(counts, names)
     seconds = time.perf_counter() - start_time
-    speed = f"{num_texts / seconds:.1f}texts/s"
+    speed = f"{(num_texts - start) / seconds:.1f}texts/s"
     log("wrote", path=output_path, texts=num_texts, time=f"{seconds:.1f}s", speed=speed)
 
 
@@ -236,7 +250,7 @@ def check_paths():
     if os.path.isdir(output_path) or not os.path.basename(output_path):
         raise InputError(f"output_path = {output_path!r}: is a folder; name a file in it")
     check_writable(output_path)
-    for path in (output_path, f"{os.path.realpath(output_path)}.tmp"):  # the second is written first
+    for path in (output_path, *temporary_paths()):  # which are written first
         if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):
             raise InputError(f"output_path = {output_path!r}: would replace the input; set another one")
 
@@ -274,24 +288,87 @@ def validate_input(label2idx):
     return num_texts, list(columns)
 
 
-def read_shards(rank, world_size, num_texts):
+def read_shards(rank, world_size, num_texts, start):
     """Yield lists of up to chunk_size items of read_input, this process's turns; the last may be empty.
 
-    Raises InputError if the input has fewer texts than the num_texts that were validated.
+    start: the texts to skip. Raises InputError if the input has fewer texts than num_texts by now.
     """
-    items = read_input(bar=False)
-    for remaining in range(num_texts, 0, -chunk_size * world_size):
+    items = islice(read_input(bar=False), start, None)
+    for remaining in range(num_texts - start, 0, -chunk_size * world_size):
         turn = list(islice(items, min(remaining, chunk_size * world_size)))
         if len(turn) < min(remaining, chunk_size * world_size):
             raise InputError(f"{input_path}: has been changed while it was read; run again")
         yield turn[rank * chunk_size : (rank + 1) * chunk_size]
 
 
+def temporary_paths():
+    """Return the paths of the unfinished output and of its progress."""
+    target = os.path.realpath(output_path) if os.path.islink(output_path) else output_path
+    return f"{target}.tmp", f"{target}.progress"
+
+
+def run_config(model, tokenizer, thresholds):
+    """Return {name: str}: what must not change before a run resumes.
+
+    batch_size and the number of processes may: out of memory, the remedy must not cost what is done.
+    """
+    crc = zlib.crc32(repr((sorted(tokenizer.get_vocab().items()), thresholds.tolist())).encode())
+    for tensor in model.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), crc)
+    names = "device max_len keep_tail precision threshold min_labels max_labels all_probabilities".split()
+    config = {name: globals()[name] for name in names} | {"the model": crc}
+    config |= {name: getattr(data_preprocess, name) for name in ("text_column", "label_separator")}
+    config[f"the content of {input_path}"] = file_sha256(input_path)
+    return {name: str(value) for name, value in config.items()}
+
+
+def load_progress(config, num_labels):
+    """Return {"config", "texts": done, "bytes": of them in the temporary file, "counts": 5 lists of C}.
+
+    Raises InputError if what is there is of another run.
+    """
+    path, progress_path = temporary_paths()
+    progress = {"config": config, "texts": 0, "bytes": 0, "counts": [[0] * num_labels] * 5}
+    if not resume or not os.path.exists(path) or not os.path.exists(progress_path):
+        with suppress(FileNotFoundError):
+            os.remove(progress_path)
+        return progress
+    start_over = f"to start over, delete {progress_path} or set resume = False in predict.py"
+    try:
+        saved = load_json_object(progress_path)
+        changed = [k for k in {**saved["config"], **config} if saved["config"].get(k) != config.get(k)]
+        if not changed and (os.path.getsize(path) < saved["bytes"] or len(saved["counts"]) != 5):
+            raise ValueError
+    except (InputError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{progress_path}: not the progress of {path}; {start_over}") from None
+    if changed:
+        raise InputError(
+            f"{progress_path}: cannot resume, changed: {', '.join(changed)}; undo it; or, {start_over}"
+        )
+    log("resume", f"from {path}", texts=saved["texts"])
+    return saved
+
+
+def save_progress(file, progress):
+    """Note that so much of the output is on disk."""
+    if is_main_process():
+        file.flush()
+        os.fsync(file.fileno())
+        dump_json(progress | {"bytes": file.tell()}, temporary_paths()[1])
+
+
 @contextmanager
-def open_output():
-    """Give the file to write, which becomes output_path once it is complete; os.devnull on other ranks."""
-    with atomic_write(output_path) if is_main_process() else nullcontext(os.devnull) as path:
-        with open(path, "wb") as file:
+def open_output(num_bytes):
+    """Give the file to write, after num_bytes of an interrupted run; os.devnull on other ranks.
+
+    It becomes output_path once it is complete.
+    """
+    progress_path = temporary_paths()[1]
+    with atomic_write(output_path, progress_path) if is_main_process() else nullcontext(os.devnull) as path:
+        with open(path, "r+b" if num_bytes else "wb") as file:
+            if num_bytes and is_main_process():
+                file.truncate(num_bytes)
+                file.seek(num_bytes)
             yield file
 
 

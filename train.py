@@ -16,7 +16,6 @@ run     python train.py
 import math
 import os
 import shutil
-import sys
 import time
 import zlib
 from itertools import chain
@@ -37,8 +36,8 @@ from bert_multilabel_cls import load_model, load_pretrained, oom_hint, parameter
 from bert_multilabel_cls import predict_batches, save_model, torch_load
 from bert_multilabel_cls import wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
-from data_helper import collect_predictions, compute_metrics, eval_dataloader, gather_predictions
-from data_helper import init_distributed, metrics_report, misclassified, tune_thresholds
+from data_helper import collect_predictions, compute_metrics, eval_dataloader, exit_if_stopped
+from data_helper import gather_predictions, init_distributed, metrics_report, misclassified, tune_thresholds
 from data_preprocess import InputError, atomic_write, check_labels_known, check_number, check_writable
 from data_preprocess import dump_json, dump_jsonl, file_sha256, get_world_size, handle_signals, label_names
 from data_preprocess import is_main_process, load_json_object, load_label2idx, log, log_label_metrics
@@ -375,10 +374,7 @@ class Checkpoint:
                     torch.save(saved, path)
                 except RuntimeError as error:  # a full disk
                     raise OSError(short_message(error)) from None
-        if number := int(all_reduce(torch.tensor(max(self.signals, default=0)), "MAX")):
-            remedy = "" if resume else "set resume = True and "
-            log("stopped", f"{remedy}run the same command again to resume;", epoch=epoch + 1, batch=batch)
-            sys.exit(128 + number)
+        exit_if_stopped(self.signals, resume, epoch=epoch + 1, batch=batch)
 
 
 def start_over(path):
