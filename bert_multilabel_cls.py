@@ -767,6 +767,33 @@ def oom_hint(input_ids):
         raise InputError(f"out of GPU memory with {texts} texts of {tokens} tokens; {remedy}") from None
 
 
+def to_inference(model, device, dtype):
+    """Move a trained model to `device`, with its encoder's weights in `dtype`, to predict alone."""
+    model.bert.to(dtype)
+    model.to(device).eval()
+    native = torch.device(device).type == "cpu" and dtype == torch.bfloat16 and cpu_has_bf16()
+    if native and model.bert.config.hidden_act == "gelu":
+        with suppress(AttributeError, NotImplementedError, RuntimeError):  # a PyTorch without oneDNN
+            for layer in model.bert.encoder.layer:
+                layer.packed = pack_layer(layer)
+    return model
+
+
+@torch.no_grad()
+def pack_layer(layer):
+    """Return the (weight, bias) of a layer's four products as oneDNN multiplies them fastest.
+
+    What torch.compile does when it freezes a network, without its half a minute.
+    """
+    attn = layer.attention.self
+    key_value = [
+        torch.cat([getattr(attn.key, name), getattr(attn.value, name)]) for name in ("weight", "bias")
+    ]
+    linears = (attn.query, layer.attention.output.dense, layer.intermediate.dense, layer.output.dense)
+    pairs = [key_value, *((linear.weight, linear.bias) for linear in linears)]
+    return [(torch.ops.mkldnn._reorder_linear_weight(weight), bias.detach()) for weight, bias in pairs]
+
+
 @torch.inference_mode()
 def predict_batches(model, dataloader, dtype=torch.float32):
     """Yield (probs, labels) of each batch, (B, C) float32 on the CPU.
@@ -809,12 +836,27 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
     def split_heads(states):  # (B, …, H) to (B, heads, …, H / heads)
         return states.unflatten(-1, (attn.num_attention_heads, -1)).transpose(1, 2)
 
+    packed = None if layer.training else layer.__dict__.get("packed")
+    if packed:
+        return packed_layer(layer, packed, split_heads, query_states, hidden_states, attention_mask)
     query = split_heads(attn.query(query_states))
     key, value = split_heads(attn.key(hidden_states)), split_heads(attn.value(hidden_states))
     dropout_p = attn.dropout.p if layer.training else 0.0
     context = attention(query, key, value, attention_mask, dropout_p).transpose(1, 2).flatten(2)
     attention_output = layer.attention.output(context, query_states)
     return layer.output(layer.intermediate(attention_output), attention_output)
+
+
+def packed_layer(layer, packed, split_heads, query_states, hidden_states, attention_mask):
+    """Return what bert_layer does in prediction, with the weights of pack_layer: faster on a CPU."""
+    linear = torch.ops.mkldnn._linear_pointwise
+    key_value, query, attention_output, intermediate, output = packed
+    key, value = map(split_heads, linear(hidden_states, *key_value, "none", [], "").chunk(2, -1))
+    query = split_heads(linear(query_states, *query, "none", [], ""))
+    context = F.scaled_dot_product_attention(query, key, value, attention_mask).transpose(1, 2).flatten(2)
+    states = layer.attention.output.LayerNorm(linear.binary(context, query_states, *attention_output, "add"))
+    activated = linear(states, *intermediate, "gelu", [], "none")
+    return layer.output.LayerNorm(linear.binary(activated, states, *output, "add"))
 
 
 def attention(query, key, value, attention_mask, dropout_p):

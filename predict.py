@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data_preprocess
 from bert_multilabel_cls import check_truncation, choose_dtype, get_pth_path, limit_threads, load_lock
-from bert_multilabel_cls import load_model, predict_batches
+from bert_multilabel_cls import load_model, predict_batches, to_inference
 from data_helper import MultiClsDataSet, all_gather_object, all_reduce, broadcast_object, confusion_counts
 from data_helper import eval_dataloader, exit_if_stopped, init_distributed, metrics_from_counts
 from data_helper import per_label_metrics
@@ -214,8 +214,7 @@ def load_once(model_path, label2idx_path, device, dtype, mtimes):
     """Return what get_model does; mtimes tell one model from the next."""
     limit_threads()
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
-    model.bert.to(dtype)
-    return model.to(device), tokenizer, label2idx
+    return to_inference(model, device, dtype), tokenizer, label2idx
 
 
 def check_numbers(config):

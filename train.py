@@ -33,8 +33,7 @@ import data_helper
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
 from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, init_from_texts, limit_threads
 from bert_multilabel_cls import load_model, load_pretrained, oom_hint, parameter_groups, pooled_sums
-from bert_multilabel_cls import predict_batches, save_model, torch_load
-from bert_multilabel_cls import wrap_model
+from bert_multilabel_cls import predict_batches, save_model, to_inference, torch_load, wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
 from data_helper import collect_predictions, compute_metrics, eval_dataloader, exit_if_stopped
 from data_helper import gather_predictions, init_distributed, metrics_report, misclassified, tune_thresholds
@@ -220,7 +219,7 @@ def test(model_path, test_data_path, return_report=False):
     model, tokenizer, label2idx = broadcast_object(lambda: load_model(model_path, label2idx_path))
     check_truncation(max_len, keep_tail, model.bert.config)
     torch.backends.cuda.matmul.allow_tf32 = False
-    model.to(device).bert.to(choose_dtype(precision, device))
+    to_inference(model, device, choose_dtype(precision, device))
     dataset = MultiClsDataSet(test_data_path, max_len, None, tokenizer, label2idx, keep_tail)
     dataloader = eval_dataloader(dataset, batch_size, device, *processes)
     _, acc, predictions = dev(model, dataloader, nn.BCELoss(), return_predictions=True)

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -94,6 +95,25 @@ def test_one_pass_is_that_of_the_whole_encoder_with_its_gradients(model, inputs)
         probs = model(*inputs)
     assert probs.dtype == torch.float32 and passed_on == [torch.bfloat16]  # also between the layers
     torch.testing.assert_close(pooled[-1], whole[0], atol=0.03, rtol=0)
+
+
+@pytest.mark.skipif(not ours.cpu_has_bf16(), reason="needs a CPU that multiplies bf16")
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
+def test_a_model_made_ready_to_predict_gives_the_same_probabilities(encoder_folder, inputs, act):
+    """With weights in bf16, laid out for the CPU if the activation is BERT's; the state dict is as ever."""
+    bert = BertModel.from_pretrained(encoder_folder, hidden_act=act)
+    model = ours.BertMultiLabelCls(None, len(LABELS), bert=bert).eval()
+    with torch.no_grad():
+        expected, plain = model(*inputs), copy.deepcopy(model)
+        plain.bert.to(torch.bfloat16)
+        unpacked = plain(*inputs)
+        packed = ours.to_inference(model, "cpu", torch.bfloat16)
+        torch.testing.assert_close(packed(*inputs), expected, atol=0.02, rtol=0)
+        assert torch.equal(packed(*inputs), unpacked) == (act != "gelu")  # those are rounded elsewhere
+    torch.testing.assert_close(packed.state_dict(), plain.state_dict(), atol=0, rtol=0)
+    packed.train()  # whose weights would change
+    packed(*inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in packed.parameters())
 
 
 def test_attention_with_dropout_is_the_same_on_average(model, inputs):
