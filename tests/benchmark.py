@@ -7,12 +7,13 @@ same run: padding, copies and dropout count as lost, and so does what is left ou
 
 reads   a data file, ./data/train.json or the one that is named
 run     pip install -r tests/requirements.txt
-        python tests/benchmark.py [--compile] [--size mini] [--batch 128] [FILE]
+        python tests/benchmark.py [--compile] [--peers] [--size mini] [--batch 128] [FILE]
 prints  a table for people; as the last line one JSON document
 """
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -44,6 +45,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bert_multilabel_cls
+import peers
 import predict
 import train
 from data_helper import GroupedBatchSampler, MultiClsDataSet, scratch_tokenizer
@@ -296,6 +298,25 @@ class Bench:
             predict.predict(texts)
         return dict(result, texts=len(texts), padded=None)
 
+    def add_peers(self):
+        """Add what other engines make of the model that training saved, and say how exact each is."""
+        predict.save_model_path = "./ours/multi_label_cls.pth"
+        texts = self.texts[: predicted_texts[self.size]]
+        probs = {"this_project": predict.predict_proba(texts)}
+        for name, engine in peers.engines(predict.save_model_path, texts).items():
+            setattr(self, f"predict_{name}", functools.partial(self.predict_peer, engine))
+            with peers.run_by(engine):
+                probs[name] = predict.predict_proba(texts)
+        precision, predict.precision = predict.precision, "fp32"
+        exact, predict.precision = predict.predict_proba(texts), precision
+        for name, found in probs.items():
+            print(f"{name:14}largest difference of a probability to float32 {abs(found - exact).max():.4f}")
+
+    def predict_peer(self, engine):
+        """`predict.predict()` of all texts at once, its network run by another engine."""
+        with peers.run_by(engine):
+            return self.predict_this_project()
+
     def predict_article(self):
         """The article's predict, text by text."""
         model, texts, result = self.article.eval(), self.texts[: predicted_texts[self.size] // 4], {}
@@ -335,7 +356,7 @@ class Bench:
 
 def measure(bench, kind):
     """Return a row for each contender of "train" or "predict", after a warm-up and `repeats` rounds."""
-    contenders = [name for name in dir(bench) if name.startswith(f"{kind}_")]
+    contenders = [name for name in dir(bench) if name.startswith(f"{kind}_") and name != "predict_peer"]
     if kind == "train":
         bench.train_this_project("warm.json")
         bench.train_article(2 * bench.batch_size)
@@ -394,6 +415,7 @@ def parse_arguments():
     parser.add_argument(
         "--compile", action="store_true", help="compile this project's network, and the others'"
     )
+    parser.add_argument("--peers", action="store_true", help="predict by the engines of peers.py too")
     parser.add_argument("--size", choices=sizes, default="base")
     parser.add_argument("--batch", type=int, default=32)
     given, sys.argv[1:] = parser.parse_args(), []  # run_script refuses arguments
@@ -419,6 +441,8 @@ def measure_all(given):
         os.chdir(folder)
         bench = Bench(data_path, given.size, given.batch, given.compile)
         for kind in ("train", "predict"):
+            if kind == "predict" and given.peers:
+                bench.add_peers()
             report[kind], report[f"{kind}_peak_gflops"] = measure(bench, kind)
             print_table(kind, report[kind], report[f"{kind}_peak_gflops"])
         os.chdir(os.path.dirname(data_path))
