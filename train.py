@@ -22,6 +22,7 @@ from itertools import chain
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import transformers
 from sklearn.metrics import accuracy_score
 from torch.utils.data import DataLoader
@@ -68,6 +69,7 @@ accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
 keep_tail = 0  # tokens of a truncated text that are kept from its end
 dropout = 0.1  # before the classifier
+loss = "bce"  # the article's BCELoss; "focal" weights it by 1 - p of what is right, which helps rare labels
 many_labels = 500  # with so many, the classifier starts from the training texts that have each of them
 warmup_ratio = 0.1  # share of the steps with a rising learning rate; after that it decays linearly to 0
 max_grad_norm = 1.0  # gradient clipping; 0 to disable
@@ -123,7 +125,7 @@ def train():
     if len(label2idx) >= many_labels and not from_scratch and checkpoint.states is None:
         init_classifier(model, train_dataset, dtype)
     network = wrap_model(model, compile_model, world_size)  # what trains the weights of model
-    criterion = nn.BCELoss()
+    criterion = get_criterion()
     optimizer = torch.optim.AdamW(parameter_groups(model, encoder_lr, head_lr, weight_decay), fused=True)
     warmup_steps = round(warmup_ratio * num_steps * num_epochs)
     scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps * num_epochs)
@@ -175,7 +177,7 @@ def train():
             seconds = time.perf_counter() - start_time
             if not history:  # the first model may be saved over the encoder that the run started from
                 checkpoint.save(epoch, num_batches, train_loss, seconds)
-            dev_loss, dev_acc, predictions = dev(model, dev_dataloader, criterion, return_predictions=True)
+            dev_loss, dev_acc, predictions = dev(model, dev_dataloader, nn.BCELoss(), return_predictions=True)
             train_loss = all_reduce(train_loss.cpu()).item() / world_size / num_steps
             row = {"seconds": seconds, "train_loss": train_loss, "dev_loss": dev_loss}
             row |= compute_metrics(predictions) | {"accuracy": dev_acc}
@@ -228,6 +230,19 @@ def test(model_path, test_data_path, return_report=False):
     names = label_names(label2idx)
     metrics = metrics_report(predictions, names, model.bert.config.thresholds)
     return metrics, misclassified(list(read_examples(test_data_path)), predictions, names)
+
+
+def get_criterion():
+    """Return the function of (probs, labels) that training minimizes; dev and test always have BCELoss."""
+    return {"bce": nn.BCELoss(), "focal": focal_loss}[loss]
+
+
+def focal_loss(probs, labels):
+    """Return the mean of -(1 - p) log p, p the probability of what is right, of probs and labels (B, C).
+
+    Lin et al. 2017, arXiv 1708.02002, equation 4, at gamma = 1: labels that are right already weigh less.
+    """
+    return ((probs - labels).abs() * F.binary_cross_entropy(probs, labels, reduction="none")).mean()
 
 
 def init_classifier(model, train_dataset, dtype):
@@ -404,7 +419,8 @@ shipped = dict(
     label2idx_path="./data/label2idx.json", save_model_path="./model/multi_label_cls.pth",
     checkpoint_name="checkpoint.pth", scratch_name="scratch_encoder", tensorboard_name="runs",
     precision="auto", compile_model=False, pad_to_multiple_of=8, lr=2e-05, head_lr_factor=10,
-    epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, many_labels=500,
+    epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, loss="bce",
+    many_labels=500,
     warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
     best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
     scratch_lr=0.00025, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
@@ -419,6 +435,8 @@ def output_path(name):
 
 def check_constants():
     """Raise InputError if a constant is out of range."""
+    if loss not in ("bce", "focal"):
+        raise InputError(f'loss = {loss!r}: not "bce" or "focal"')
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: not "accuracy", "micro_f1", "macro_f1" or "loss"')
     for name in (

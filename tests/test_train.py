@@ -267,6 +267,30 @@ def scripted(monkeypatch, epochs):
     monkeypatch.setattr(train, "epochs", len(epochs))
 
 
+def test_the_focal_loss_is_that_of_the_paper():
+    """Equation 4 of Lin et al. 2017 at gamma = 1, and its gradient."""
+    chance = torch.Generator().manual_seed(0)
+    probs = torch.rand(5, 3, generator=chance, dtype=torch.float64).requires_grad_()
+    labels = (torch.rand(5, 3, generator=chance) > 0.5).double()
+    right = torch.where(labels > 0.5, probs, 1 - probs)
+    expected = (-(1 - right) * right.log()).mean()
+    torch.testing.assert_close(train.focal_loss(probs, labels), expected)
+    (gradient,) = torch.autograd.grad(train.focal_loss(probs, labels), probs)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, probs)[0])
+    certain = torch.tensor([[1.0, 0.0]]).requires_grad_()
+    assert train.focal_loss(certain, torch.tensor([[1.0, 0.0]])).item() == 0
+    assert train.focal_loss(certain, torch.tensor([[0.0, 1.0]])).isfinite()
+
+
+def test_the_focal_loss_trains_and_dev_is_measured_as_ever(project, monkeypatch):
+    set_train(monkeypatch, loss="focal", epochs=25, lr=5e-3, head_lr_factor=1)
+    train.train()
+    metrics = data_preprocess.load_json("model/metrics.json")
+    assert metrics["dev"]["at_0.5"]["accuracy"] == 1 and metrics["changed"]["loss"] == "focal"
+    rows = history()
+    assert rows[0]["train_loss"] < 0.7 * rows[0]["dev_loss"]  # of two losses
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "loss", "micro_f1", "macro_f1"])
 def test_the_better_epoch_is_saved_and_the_lower_loss_wins_a_tie(project, monkeypatch, metric):
     """Few different losses and probabilities, so that epochs tie in the metric, and in both."""
@@ -623,6 +647,7 @@ def test_thresholds_are_the_best_on_dev_and_on_no_other_file(project, monkeypatc
     "name, value",
     [
         ("best_metric", "f1"),
+        ("loss", "mse"),
         ("epochs", 0),
         ("scratch_epochs", 0),
         ("batch_size", 0),
