@@ -133,14 +133,9 @@ def predict_file():
         file.write(b"" if start else header)
         for items in read_shards(rank, world_size, num_texts, start):
             examples = [(text, labels or ()) for _, text, labels, _ in items]
-            rows, chunk_counts = [b""] * len(items), torch.zeros_like(counts)
-            for batch, probs, true in iter_probs(examples, model, tokenizer, label2idx, on_batch):
-                chosen = choose_labels(probs, thresholds)
-                labelled = [items[i][2] is not None for i in batch]
-                chunk_counts += count_batch(true[labelled], chosen[labelled])
-                for i, *row in zip(batch, chosen, probs, strict=True):
-                    rows[i] = format_row(items[i], *row)
-            file.writelines(all_gather_object(b"".join(rows)))
+            batches = iter_probs(examples, model, tokenizer, label2idx, on_batch)
+            rows, chunk_counts = label_items(items, batches, thresholds, format_row)
+            file.writelines(all_gather_object(rows))
             counts += all_reduce(chunk_counts)
             progress["texts"] += chunk_size * world_size
             if progress["texts"] < num_texts:
@@ -150,6 +145,18 @@ def predict_file():
     seconds = time.perf_counter() - start_time
     speed = f"{(num_texts - start) / seconds:.1f}texts/s"
     log("wrote", path=output_path, texts=num_texts, time=f"{seconds:.1f}s", speed=speed)
+
+
+def label_items(items, batches, thresholds, format_row):
+    """Return the rows of items of read_input, in bytes, and their confusion_counts; batches of iter_probs."""
+    rows, counts = [b""] * len(items), torch.zeros(5, len(thresholds), dtype=torch.int64)
+    for indices, probs, true in batches:
+        chosen = choose_labels(probs, thresholds)
+        labelled = [items[i][2] is not None for i in indices]
+        counts += count_batch(true[labelled], chosen[labelled])
+        for i, *row in zip(indices, chosen, probs, strict=True):
+            rows[i] = format_row(items[i], *row)
+    return b"".join(rows), counts
 
 
 def iter_probs(examples, model, tokenizer, label2idx, on_batch=lambda batch: batch):
