@@ -20,6 +20,7 @@ import re
 import shutil
 import threading
 import unicodedata
+import weakref
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import islice
@@ -47,6 +48,7 @@ hub_timeout = 8  # seconds after which the hub counts as unreachable
 known_prefixes = r"((module|_orig_mod|model|bert|bert_model|encoder|auto_model|transformer|0)\.)*"
 batches_in_flight = 8  # batches a GPU is given before the CPU waits for the first of them
 load_lock = threading.RLock()  # one thread at a time loads
+packed_layers = weakref.WeakKeyDictionary()  # of a model that is to predict: a copy of it has none
 tokenizer_files = "*token*.json vocab.* *.model merges.txt bpe.codes".split()
 run_files = (
     "*.safetensors metrics.json history.jsonl errors.jsonl".split() + tokenizer_files + ["config.json"]
@@ -768,14 +770,14 @@ def oom_hint(input_ids):
 
 
 def to_inference(model, device, dtype):
-    """Move a trained model to `device`, with its encoder's weights in `dtype`, to predict alone."""
+    """Move a trained model to `device`, its encoder in `dtype`, to predict; its weights must stay then."""
     model.bert.to(dtype)
     model.to(device).eval()
     native = torch.device(device).type == "cpu" and dtype == torch.bfloat16 and cpu_has_bf16()
     if native and model.bert.config.hidden_act == "gelu":
         with suppress(AttributeError, NotImplementedError, RuntimeError):  # a PyTorch without oneDNN
             for layer in model.bert.encoder.layer:
-                layer.packed = pack_layer(layer)
+                packed_layers[layer] = pack_layer(layer)
     return model
 
 
@@ -836,8 +838,8 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
     def split_heads(states):  # (B, …, H) to (B, heads, …, H / heads)
         return states.unflatten(-1, (attn.num_attention_heads, -1)).transpose(1, 2)
 
-    packed = None if layer.training else layer.__dict__.get("packed")
-    if packed:
+    packed = None if layer.training or query_states.dtype != torch.bfloat16 else packed_layers.get(layer)
+    if packed and query_states.device.type == "cpu":
         return packed_layer(layer, packed, split_heads, query_states, hidden_states, attention_mask)
     query = split_heads(attn.query(query_states))
     key, value = split_heads(attn.key(hidden_states)), split_heads(attn.value(hidden_states))

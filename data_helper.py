@@ -42,8 +42,8 @@ scratch_vocab_size = 4000  # at most so many words, and so many Chinese n-grams
 scratch_min_freq = 8  # of each of these in the texts
 scratch_texts = 20_000  # about so many texts are counted,
 scratch_max_chars = 512  # each up to this length
-scratch_window = 20  # tokens at most this far apart are neighbours, of
-scratch_tokens = 2_000_000  # about so many
+scratch_window = 20  # tokens at most this far apart are neighbours
+scratch_tokens = 500_000  # at most so many are looked at for that
 cjk_pattern = "[\u3400-\u9fff]"  # a Chinese character
 
 
@@ -611,7 +611,7 @@ def init_embeddings_ppmi(embeddings, token_ids):
 def init_bag_of_words(bert):
     """Add identities to the attention and the pooler of a new BERT: [CLS] starts as an average of the tokens.
 
-    Its random attention is as even, but lets nearly nothing of the text through.
+    Without them it also attends to all tokens about equally, but its random matrices pass on almost nothing.
     """
     attentions = [layer.attention for layer in bert.encoder.layer]
     linears = [linear for attn in attentions for linear in (attn.self.value, attn.output.dense)]

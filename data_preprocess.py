@@ -653,7 +653,7 @@ def atomic_write(out_path, progress_path=""):
     """Give a temporary path to write to; at the end of the block it replaces out_path.
 
     A reader, or a process killed at any time, sees the old file or the new one.
-    progress_path: a file that, if there is one, keeps the temporary one for another run to go on with.
+    progress_path: while this file exists, what fails or stops leaves the temporary one, for the next run.
     Raises InputError if the file cannot be written.
     """
     target = os.path.realpath(out_path)  # a symbolic link stays one
@@ -663,7 +663,7 @@ def atomic_write(out_path, progress_path=""):
         yield temporary
         fsync_file(temporary)
         os.replace(temporary, target)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.remove(progress_path)
     except OSError as error:
         raise InputError(write_error(out_path, error)) from None

@@ -117,8 +117,8 @@ def predict_file():
     num_texts, columns = validate_input(label2idx)
     log("checked", texts=num_texts)
     header, format_row = get_format(columns, names)
-    config = run_config(model, tokenizer, thresholds)
-    progress = broadcast_object(lambda: load_progress(config, len(names)))
+    config = functools.partial(run_config, model, tokenizer, names, thresholds)
+    progress = broadcast_object(lambda: load_progress(config(), len(names), num_texts))
     start, counts = progress["texts"], torch.tensor(progress["counts"])
     bar_options = {"unit": "text", "leave": False, "disable": None if is_main_process() else True}
     bar = tqdm(total=num_texts, initial=start, **bar_options)
@@ -129,7 +129,12 @@ def predict_file():
         bar.update(min(len(batch[0]) * world_size, num_texts - bar.n))
         return batch
 
-    with handle_signals() as signals, bar, open_output(progress["bytes"]) as file:
+    is_last = num_texts - start <= chunk_size * world_size  # then a signal ends it at once: nothing is saved
+    with (
+        nullcontext([]) if is_last else handle_signals() as signals,
+        bar,
+        open_output(progress["bytes"]) as file,
+    ):
         file.write(b"" if start else header)
         for items in read_shards(rank, world_size, num_texts, start):
             examples = [(text, labels or ()) for _, text, labels, _ in items]
@@ -252,7 +257,9 @@ def check_paths():
     if not input_path or not output_path:
         raise InputError(f"input_path = {input_path!r}, output_path = {output_path!r}: set both, or neither")
     if os.path.exists(input_path) and not os.path.isfile(input_path):
-        raise InputError(f"input_path = {input_path!r}: not a file; it is read twice, so a pipe will not do")
+        raise InputError(
+            f"input_path = {input_path!r}: not a file; it is read more than once, so a pipe will not do"
+        )
     if os.path.isdir(output_path) or not os.path.basename(output_path):
         raise InputError(f"output_path = {output_path!r}: is a folder; name a file in it")
     check_writable(output_path)
@@ -303,7 +310,7 @@ def read_shards(rank, world_size, num_texts, start):
     for remaining in range(num_texts - start, 0, -chunk_size * world_size):
         turn = list(islice(items, min(remaining, chunk_size * world_size)))
         if len(turn) < min(remaining, chunk_size * world_size):
-            raise InputError(f"{input_path}: has been changed while it was read; run again")
+            raise InputError(f"{input_path}: has been changed while it was read; restore it, or run again")
         yield turn[rank * chunk_size : (rank + 1) * chunk_size]
 
 
@@ -313,22 +320,29 @@ def temporary_paths():
     return f"{target}.tmp", f"{target}.progress"
 
 
-def run_config(model, tokenizer, thresholds):
+def run_config(model, tokenizer, names, thresholds):
     """Return {name: str}: what must not change before a run resumes.
 
-    batch_size and the number of processes may: out of memory, the remedy must not cost what is done.
+    batch_size, chunk_size and the number of processes may be lowered when memory has run out.
     """
-    crc = zlib.crc32(repr((sorted(tokenizer.get_vocab().items()), thresholds.tolist())).encode())
+    parts = (
+        names,
+        thresholds.tolist(),
+        get_truncation(model.bert.config),
+        sorted(tokenizer.get_vocab().items()),
+    )
+    crc = zlib.crc32(repr(parts).encode("utf-8", "backslashreplace"))
     for tensor in model.state_dict().values():
         crc = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), crc)
-    names = "device max_len keep_tail precision threshold min_labels max_labels all_probabilities".split()
-    config = {name: globals()[name] for name in names} | {"the model": crc}
-    config |= {name: getattr(data_preprocess, name) for name in ("text_column", "label_separator")}
+    constants = "device max_len keep_tail precision threshold min_labels max_labels all_probabilities".split()
+    config = {name: globals()[name] for name in constants} | {"the model": crc}
+    constants = ("text_column", "label_columns", "label_separator")
+    config |= {name: getattr(data_preprocess, name) for name in constants}
     config[f"the content of {input_path}"] = file_sha256(input_path)
     return {name: str(value) for name, value in config.items()}
 
 
-def load_progress(config, num_labels):
+def load_progress(config, num_labels, num_texts):
     """Return {"config", "texts": done, "bytes": of them in the temporary file, "counts": 5 lists of C}.
 
     Raises InputError if what is there is of another run.
@@ -340,16 +354,22 @@ def load_progress(config, num_labels):
             os.remove(progress_path)
         return progress
     start_over = f"to start over, delete {progress_path} or set resume = False in predict.py"
+    found = os.path.getsize(path)
     try:
         saved = load_json_object(progress_path)
         changed = [k for k in {**saved["config"], **config} if saved["config"].get(k) != config.get(k)]
-        if not changed and (os.path.getsize(path) < saved["bytes"] or len(saved["counts"]) != 5):
+        sizes = [type(saved[name]) is int and saved[name] > 0 for name in ("texts", "bytes")]
+        counts = torch.tensor(saved["counts"])
+        counts_fit = counts.shape == (5, num_labels) and counts.dtype == torch.int64
+        if not changed and not (
+            all(sizes) and saved["bytes"] <= found and counts_fit and saved["texts"] < num_texts
+        ):
             raise ValueError
-    except (InputError, ValueError, TypeError, KeyError, AttributeError):
+    except (InputError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError):
         raise InputError(f"{progress_path}: not the progress of {path}; {start_over}") from None
     if changed:
         raise InputError(
-            f"{progress_path}: cannot resume, changed: {', '.join(changed)}; undo it; or, {start_over}"
+            f"{progress_path}: cannot resume, changed: {', '.join(changed)}; undo it, or, {start_over}"
         )
     log("resume", f"from {path}", texts=saved["texts"])
     return saved
@@ -371,8 +391,9 @@ def open_output(num_bytes):
     """
     progress_path = temporary_paths()[1]
     with atomic_write(output_path, progress_path) if is_main_process() else nullcontext(os.devnull) as path:
-        with open(path, "r+b" if num_bytes else "wb") as file:
-            if num_bytes and is_main_process():
+        resumes = num_bytes and is_main_process()
+        with open(path, "r+b" if resumes else "wb") as file:
+            if resumes:
                 file.truncate(num_bytes)
                 file.seek(num_bytes)
             yield file

@@ -110,6 +110,8 @@ def test_a_model_made_ready_to_predict_gives_the_same_probabilities(encoder_fold
         packed = ours.to_inference(model, "cpu", torch.bfloat16)
         torch.testing.assert_close(packed(*inputs), expected, atol=0.02, rtol=0)
         assert torch.equal(packed(*inputs), unpacked) == (act != "gelu")  # those are rounded elsewhere
+        torch.testing.assert_close(copy.deepcopy(packed)(*inputs), unpacked, atol=0, rtol=0)
+        torch.testing.assert_close(copy.deepcopy(packed).float()(*inputs), expected, atol=0.02, rtol=0)
     torch.testing.assert_close(packed.state_dict(), plain.state_dict(), atol=0, rtol=0)
     packed.train()  # whose weights would change
     packed(*inputs).sum().backward()

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bert_multilabel_cls
-from conftest import finish, start
+from conftest import contents, finish, start
 
 if sys.platform == "win32":
     pytest.skip("kills, signals and limits as POSIX has them", allow_module_level=True)
@@ -124,6 +123,13 @@ def another_model():
     bert_multilabel_cls.save_model(model, *rest, "./model")
 
 
+def other_names():
+    model, tokenizer, label2idx = bert_multilabel_cls.load_model("./model")
+    renamed = {f"{label}类": idx for label, idx in label2idx.items()}
+    bert_multilabel_cls.save_model(model, tokenizer, renamed, "./model")
+    Path("in.json").write_text(Path("in.json").read_text().replace("\\u80b2", "\\u80b2\\u7c7b"))
+
+
 def another_text():
     Path("in.json").write_text(Path("in.json").read_text().replace('"id": 119', '"id": 911'))
 
@@ -144,6 +150,8 @@ def nothing():
             "max_labels, all_probabilities",
         ),
         (nothing, "predict.data_preprocess.label_separator = '/'", "label_separator"),
+        (nothing, "predict.data_preprocess.label_columns = ['tags']", "label_columns"),
+        (other_names, "", "the model, the content of in.json"),
     ],
 )
 def test_what_would_mix_two_outputs_is_refused_or_starts_over(reference, change, constants, named):
@@ -157,6 +165,18 @@ def test_what_would_mix_two_outputs_is_refused_or_starts_over(reference, change,
     code, out, err = finish(start(label(f"{constants}\npredict.resume = False")))
     assert code == 0 and "resume " not in out, err
     assert os.listdir("out") == ["labels.json"] and OUTPUT.read_bytes().count(b"\n") == 120
+
+
+def test_a_file_of_one_portion_is_ended_by_a_signal_at_once(reference):
+    slow = "predict.chunk_size = 500\n"
+    slow += "predict.iter_probs = lambda *arguments: [print('begun', flush=True), time.sleep(60)]"
+    child = start(label(slow))
+    while "begun" not in child.read("out"):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    assert finish(child, 20)[0] == 143
+    assert os.listdir("out") == []
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -181,29 +201,31 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(referenc
     assert "\nresume " in assert_ends_as(reference)
 
 
+def change(name, value):
+    """Return a function that changes a value of the progress."""
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:30]),
         lambda path: path.write_text("{}"),
-        lambda path: path.write_text('{"config": []}'),
-        lambda path: path.write_text(re.sub(r'"bytes": \d+', '"bytes": "many"', path.read_text())),
-        lambda path: path.write_text(re.sub(r'"counts": .*', '"counts": [[1], [2]]}', path.read_text())),
+        lambda path: path.write_text("[1]"),
+        lambda path: path.write_text(json.dumps({"config": json.loads(path.read_text())["config"]})),
         lambda path: os.truncate("out/labels.json.tmp", 10),
+        change("config", []),
+        *(change(name, value) for name in ("texts", "bytes") for value in (0, -4, 4.0, "4", None, 10**20)),
+        *(change("counts", value) for value in ([[1], [2]], [[1]] * 5, [[0.5] * 4] * 5, "five", 10**30)),
     ],
 )
 def test_progress_that_is_none_is_one_sentence(reference, damage):
     stop_in_the_middle()
     damage(Path("out/labels.json.progress"))
+    before = contents("out")
     code, out, err = finish(start(label()))
-    assert (
-        code == 1
-        and err.count("\n") == 1
-        and "not the progress of " in err
-        and "to start over, delete" in err
-    )
-    shutil.rmtree("out")
-    assert_ends_as(reference)
+    assert code == 1 and err.count("\n") == 1 and contents("out") == before
+    assert "not the progress of " in err and "to start over, delete" in err
 
 
 def test_progress_without_its_output_starts_over(reference):

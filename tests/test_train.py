@@ -689,7 +689,7 @@ def test_without_a_network_training_goes_on_from_scratch(project, monkeypatch, o
     assert "bert-base-chinese was not found" in printed and "HF_ENDPOINT" in printed
     assert (
         "model    ./model/scratch_encoder on cpu" in printed
-        and "lr=0.0005" in printed
+        and "lr=0.00025" in printed
         and "epoch    1/1" in printed
     )
     assert load_model("./model/multi_label_cls.pth", "")[0].bert.config.hidden_size == 512
