@@ -663,8 +663,9 @@ def atomic_write(out_path, progress_path=""):
         yield temporary
         fsync_file(temporary)
         os.replace(temporary, target)
-        with suppress(OSError):
-            os.remove(progress_path)
+        if progress_path:
+            with suppress(OSError):
+                os.remove(progress_path)
     except OSError as error:
         raise InputError(write_error(out_path, error)) from None
     finally:
