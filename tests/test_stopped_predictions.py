@@ -98,7 +98,9 @@ def test_a_file_killed_again_and_again_ends_as_if_it_had_not_been(reference, pro
             OUTPUT.unlink()
             continue
         assert exit_code in (-signal.SIGKILL, 1), err  # 1: the other process was killed first
-        assert not OUTPUT.exists()
+        if OUTPUT.exists():  # killed in its last steps
+            assert OUTPUT.read_bytes() == reference[0]
+            OUTPUT.unlink()
         if os.path.exists("out/labels.json.progress"):
             done.add(json.loads(Path("out/labels.json.progress").read_text())["texts"])
         kills -= 1
