@@ -783,7 +783,7 @@ def to_inference(model, device, dtype):
 
 @torch.no_grad()
 def pack_layer(layer):
-    """Return the (weight, bias) of a layer's four products as oneDNN multiplies them fastest.
+    """Return the (weight, bias) of a layer's five products as oneDNN multiplies them fastest.
 
     What torch.compile does when it freezes a network, without its half a minute.
     """

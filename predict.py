@@ -117,8 +117,8 @@ def predict_file():
     num_texts, columns = validate_input(label2idx)
     log("checked", texts=num_texts)
     header, format_row = get_format(columns, names)
-    config = functools.partial(run_config, model, tokenizer, names, thresholds)
-    progress = broadcast_object(lambda: load_progress(config(), len(names), num_texts))
+    config = run_config(model, tokenizer, names, thresholds) if is_main_process() else {}
+    progress = broadcast_object(lambda: load_progress(config, len(names), num_texts))
     start, counts = progress["texts"], torch.tensor(progress["counts"])
     bar_options = {"unit": "text", "leave": False, "disable": None if is_main_process() else True}
     bar = tqdm(total=num_texts, initial=start, **bar_options)
@@ -129,9 +129,9 @@ def predict_file():
         bar.update(min(len(batch[0]) * world_size, num_texts - bar.n))
         return batch
 
-    is_last = num_texts - start <= chunk_size * world_size  # then a signal ends it at once: nothing is saved
+    one_portion = num_texts - start <= chunk_size * world_size  # of which nothing is saved: a signal ends it
     with (
-        nullcontext([]) if is_last else handle_signals() as signals,
+        nullcontext([]) if one_portion else handle_signals() as signals,
         bar,
         open_output(progress["bytes"]) as file,
     ):

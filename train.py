@@ -420,8 +420,7 @@ shipped = dict(
     checkpoint_name="checkpoint.pth", scratch_name="scratch_encoder", tensorboard_name="runs",
     precision="auto", compile_model=False, pad_to_multiple_of=8, lr=2e-05, head_lr_factor=10,
     epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, loss="bce",
-    many_labels=500,
-    warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
+    many_labels=500, warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
     best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
     scratch_lr=0.00025, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
 )
