@@ -4,6 +4,7 @@ Imported by the fork server, so that `import train` in the code costs nothing.
 """
 
 import os
+import signal
 import sys
 import traceback
 
@@ -20,6 +21,7 @@ def run_code(code, folder, environment, output):
         file = os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if pytest runs in a shell's background
     sys.path.insert(0, "")
     sys.argv = ["-c"]
     try:

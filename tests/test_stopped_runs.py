@@ -207,7 +207,7 @@ def test_a_signal_before_training_begins_ends_in_silence(project, encoder_folder
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    exit_code, out, err = child.finish(50)
+    exit_code, out, err = child.finish(20)
     assert (exit_code, err) == (130, "") and "stopped" not in out and not (project / "model").exists()
 
 
