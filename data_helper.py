@@ -228,9 +228,19 @@ class GroupedBatchSampler(Sampler):
 
 
 def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
-    """Return a DataLoader over batches sorted by length, of which each process gets its share."""
-    batches = dataset.lengths.argsort(descending=True, stable=True).split(batch_size)  # OOM at once, or never
-    batches = [batch.tolist() for batch in batches][rank::world_size]
+    """Return a DataLoader over batches sorted by length, of which each process gets its share.
+
+    batch_size: texts; of texts shorter than 128 tokens a batch has as many as make the same number of tokens,
+    since small products reach half the speed of larger ones, and at most 8 times batch_size.
+    """
+    order = dataset.lengths.argsort(descending=True, stable=True)  # out of memory at once, or never
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(dataset.lengths[order[start]])
+        size = batch_size * 128 // min(max(longest, 16), 128)
+        batches.append(order[start : start + size].tolist())
+        start += size
+    batches = batches[rank::world_size]
     return DataLoader(dataset, batch_size=None, sampler=batches, pin_memory=str(device).startswith("cuda"))
 
 

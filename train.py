@@ -32,9 +32,9 @@ from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedu
 import bert_multilabel_cls
 import data_helper
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
-from bert_multilabel_cls import find_encoder, get_pth_path, init_bias, init_from_texts, limit_threads
-from bert_multilabel_cls import load_model, load_pretrained, oom_hint, parameter_groups, pooled_sums
-from bert_multilabel_cls import predict_batches, save_model, to_inference, torch_load, wrap_model
+from bert_multilabel_cls import find_encoder, get_pth_path, grad_norm, init_bias, init_from_texts
+from bert_multilabel_cls import limit_threads, load_model, load_pretrained, oom_hint, parameter_groups
+from bert_multilabel_cls import pooled_sums, predict_batches, save_model, to_inference, torch_load, wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
 from data_helper import collect_predictions, compute_metrics, eval_dataloader, exit_if_stopped
 from data_helper import gather_predictions, init_distributed, metrics_report, misclassified, tune_thresholds
@@ -167,7 +167,9 @@ def train():
                     log_scalars({"train/loss": loss, "train/lr": scheduler.get_last_lr()[0]}, step)
                 if sync_gradients:
                     scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+                    if max_grad_norm:
+                        total_norm = grad_norm(model.parameters())
+                        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, total_norm)
                     scaler.step(optimizer)
                     scaler.update()
                     scheduler.step()

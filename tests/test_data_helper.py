@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,11 +241,30 @@ def test_evaluation_sees_every_text_once_longest_first(project, monkeypatch, bat
     )
     train.test("./model", "./data/dev.json")
     lengths = [len(ids) for batch in batches for ids in batch]
-    assert lengths == sorted(lengths, reverse=True) and max(map(len, batches)) <= batch_size
+    assert lengths == sorted(lengths, reverse=True) and max(map(len, batches)) <= 8 * batch_size
     texts = MultiClsDataSet("./data/dev.json")
     assert sorted(ids for batch in batches for ids in batch) == sorted(
         row[:length].tolist() for row, length in zip(texts.input_ids, texts.lengths)
     )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_of_an_evaluation_have_as_many_tokens_as_those_of_128_tokens(world_size):
+    """Up to 8 times as many short texts; never fewer than batch_size of the long ones."""
+    for max_length in (1, 20, 128, 512):
+        generator = torch.Generator().manual_seed(max_length)
+        lengths = torch.randint(0, max_length + 1, (1000,), generator=generator)
+        loaders = [
+            data_helper.eval_dataloader(SimpleNamespace(lengths=lengths), 4, "cpu", rank, world_size)
+            for rank in range(world_size)
+        ]
+        batches = [batch for loader in loaders for batch in loader.sampler]
+        assert sorted(i for batch in batches for i in batch) == list(range(1000))
+        full = [batch for batch in batches if lengths[batch].min() > lengths.min()]
+        for batch in full:
+            longest = int(lengths[batch].max())
+            assert 4 <= len(batch) <= 32 and len(batch) * longest <= 4 * max(longest, 128)
+            assert len(batch) == 32 or (len(batch) + 1) * longest > 4 * 128
 
 
 def test_an_epoch_holds_every_text_once_in_batches_of_similar_length(project, monkeypatch):

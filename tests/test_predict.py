@@ -31,14 +31,14 @@ def dump_jsonl(rows, path):
 
 
 def fixed_probs(monkeypatch, rows, labels=("a", "b", "c")):
-    """Make the model in ./model give these probabilities (N, C), text by text."""
+    """Make the model in ./model give these probabilities (N, C), the longest text first."""
     model, tokenizer, _ = bert_multilabel_cls.load_model("./model")
     model.fc = torch.nn.Linear(16, len(labels))
     label2idx = {label: idx for idx, label in enumerate(labels)}
     bert_multilabel_cls.save_model(model, tokenizer, label2idx, "./model")
-    monkeypatch.setattr(predict, "batch_size", 1)
-    given = iter(torch.tensor(rows)[:, None])
-    monkeypatch.setattr(BertMultiLabelCls, "forward", lambda *_: next(given))
+    given = iter(torch.tensor(rows))
+    forward = lambda _, input_ids, *__: torch.stack([next(given) for _ in input_ids])  # noqa: E731
+    monkeypatch.setattr(BertMultiLabelCls, "forward", forward)
 
 
 def test_texts_to_labels(trained):
@@ -258,7 +258,7 @@ def test_script_prints_texts_labels_and_probabilities(trained):
 
 
 def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(trained, monkeypatch):
-    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.05.
+    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.1.
 
     On DuEE 99.999 % of the decisions agree; a network of 16 dimensions has more ties.
     """
@@ -277,7 +277,7 @@ def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(train
     rounded = predict.predict_proba(many)
     assert dtypes == {(torch.bfloat16, torch.float32)} and not np.array_equal(exact, rounded)
     differ = (exact > 0.5) != (rounded > 0.5)
-    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.05
+    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.1
 
 
 def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):
@@ -285,9 +285,9 @@ def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):
     count = lambda self, ids, *more: sizes.append(len(ids)) or real(self, ids, *more)  # noqa: E731
     monkeypatch.setattr(BertMultiLabelCls, "forward", count)
     monkeypatch.setattr(predict, "chunk_size", 10)
-    monkeypatch.setattr(predict, "batch_size", 4)
+    monkeypatch.setattr(predict, "batch_size", 1)
     assert len(predict.predict(["中超"] * 25)) == 25
-    assert sizes == [4, 4, 2, 4, 4, 2, 4, 1]
+    assert sizes == [8, 2, 8, 2, 5]  # of 16 tokens or fewer 8 times batch_size
 
 
 def test_a_cold_start_imports_nothing_that_prediction_does_not_need():
