@@ -23,6 +23,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from numbers import Real
 
+if __name__ == "__main__":
+    from data_preprocess import limit_spinning
+
+    limit_spinning()
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -20,6 +20,11 @@ import time
 import zlib
 from itertools import chain
 
+if __name__ == "__main__":
+    from data_preprocess import limit_spinning
+
+    limit_spinning()
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
