@@ -890,12 +890,11 @@ class FastDropout(nn.Dropout):
 def fast_dropout(states, p):
     """Return `states` with a share p set to 0 and the rest scaled by 1 / (1 - p).
 
-    On a CPU p is rounded to 1/256 and compared with a random byte an element; PyTorch draws a number for
-    each, a tenth of a training step. Operations that keep the dtype are the ones that are vectorized.
+    On a CPU p is compared with 16 random bits an element; PyTorch draws a number for each, a tenth of a
+    training step. Operations that keep the dtype are the ones that are vectorized.
     """
     if states.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < p < 1:
         return F.dropout(states, p)
-    words = torch.empty(-(-states.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-    random_bytes = words.view(torch.int8)[: states.numel()].view(states.shape)
-    dropped = min(round(p * 256), 255)  # of the 256 values
-    return states * random_bytes.ge_(dropped - 128).to(states.dtype).mul_(256 / (256 - dropped))
+    words = torch.empty(-(-states.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    bits = words.view(torch.int16)[: states.numel()].view(states.shape)
+    return states * bits.ge_(round(p * 2**16) - 2**15).to(states.dtype).mul_(1 / (1 - p))

@@ -230,14 +230,14 @@ class GroupedBatchSampler(Sampler):
 def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
     """Return a DataLoader over batches sorted by length, of which each process gets its share.
 
-    batch_size: texts; of texts shorter than 128 tokens a batch has as many as make the same number of tokens,
-    since small products reach half the speed of larger ones, and at most 8 times batch_size.
+    batch_size: texts of 128 tokens or more. Of shorter ones a batch has as many as make 128 * batch_size
+    tokens, at most 8 * batch_size, since small products are slow; with 1,024 labels or more batch_size again.
     """
     order = dataset.lengths.argsort(descending=True, stable=True)  # out of memory at once, or never
     batches, start = [], 0
     while start < len(order):
         longest = int(dataset.lengths[order[start]])
-        size = batch_size * 128 // min(max(longest, 16), 128)
+        size = batch_size * 128 // min(max(longest, 16, dataset.class_num // 8), 128)
         batches.append(order[start : start + size].tolist())
         start += size
     batches = batches[rank::world_size]

@@ -1,9 +1,10 @@
 """Compare the speed of this project with the article's loop, Hugging Face Trainer and pipeline.
 
-Same encoder (random weights), same texts, same batch size; in one process, one after the other, in
-turn, after a warm-up. Arithmetic is counted on real tokens alone, 6 x encoder parameters x tokens for
-training and 2 x for prediction, and set against the largest matrix product this machine does in the
-same run: padding, copies and dropout count as lost, and so does what is left out as superfluous.
+Same encoder (random weights), same texts, same batch size (in prediction this project and other engines
+fill batches of short texts); in one process, one after the other, in turn, after a warm-up. Arithmetic is
+counted on real tokens alone, 6 x encoder parameters x tokens for training and 2 x for prediction, and set
+against the largest matrix product this machine does in the same run: padding, copies and dropout count as
+lost, and so does what is left out as superfluous.
 
 reads   a data file, ./data/train.json or the one that is named
 run     pip install -r tests/requirements.txt

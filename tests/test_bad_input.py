@@ -344,10 +344,10 @@ def test_labels_become_numbers_and_labels_again(tmp_path, tokenizer, labels, dra
         st.text(
             st.one_of(st.sampled_from(TOKENS[5:-3]), st.characters(exclude_categories=["Cs"])), max_size=40
         ),
-        max_size=9,
+        max_size=30,
     ),
     st.integers(1, 4),
-    st.integers(1, 5),
+    st.integers(1, 30),
 )
 def test_predict_gives_one_list_a_text_in_order(trained, texts, batch_size, chunk_size):
     predict.batch_size, predict.chunk_size = batch_size, chunk_size

@@ -141,9 +141,7 @@ def test_attention_with_dropout_is_the_same_on_average(model, inputs):
 def test_dropout_drops_its_share_and_keeps_the_mean(encoder_folder, dtype, p):
     torch.manual_seed(0)
     model = ours.BertMultiLabelCls(None, 3, p, BertModel.from_pretrained(encoder_folder)).train()
-    states = torch.ones(
-        101, 997, dtype=dtype, requires_grad=True
-    )  # not a multiple of the four masks in a word
+    states = torch.ones(101, 997, dtype=dtype, requires_grad=True)  # no multiple of the 4 masks in a word
     dropped = model.drop(states)
     dropped.sum().backward()
     assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.005)

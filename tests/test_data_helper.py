@@ -239,7 +239,9 @@ def test_evaluation_sees_every_text_once_longest_first(project, monkeypatch, bat
     bert_multilabel_cls.save_model(
         model, BertTokenizer.from_pretrained(bert_multilabel_cls.pretrained_model), LABEL2IDX, "./model"
     )
+    write_jsonl("data/dev.json", EXAMPLES * 10)
     train.test("./model", "./data/dev.json")
+    assert (len(batches) > 1) == (batch_size < 8)
     lengths = [len(ids) for batch in batches for ids in batch]
     assert lengths == sorted(lengths, reverse=True) and max(map(len, batches)) <= 8 * batch_size
     texts = MultiClsDataSet("./data/dev.json")
@@ -250,14 +252,13 @@ def test_evaluation_sees_every_text_once_longest_first(project, monkeypatch, bat
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_batches_of_an_evaluation_have_as_many_tokens_as_those_of_128_tokens(world_size):
-    """Up to 8 times as many short texts; never fewer than batch_size of the long ones."""
+    """Up to 8 times as many short texts; batch_size of the long ones, or with many labels."""
     for max_length in (1, 20, 128, 512):
         generator = torch.Generator().manual_seed(max_length)
         lengths = torch.randint(0, max_length + 1, (1000,), generator=generator)
-        loaders = [
-            data_helper.eval_dataloader(SimpleNamespace(lengths=lengths), 4, "cpu", rank, world_size)
-            for rank in range(world_size)
-        ]
+        few, many = (SimpleNamespace(lengths=lengths, class_num=number) for number in (128, 1024))
+        assert all(len(batch) == 4 for batch in data_helper.eval_dataloader(many, 4).sampler)
+        loaders = [data_helper.eval_dataloader(few, 4, "cpu", rank, world_size) for rank in range(world_size)]
         batches = [batch for loader in loaders for batch in loader.sampler]
         assert sorted(i for batch in batches for i in batch) == list(range(1000))
         full = [batch for batch in batches if lengths[batch].min() > lengths.min()]

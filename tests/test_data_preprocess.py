@@ -182,16 +182,17 @@ def test_a_file_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "content, given, chosen",
     [
-        ("0.94 1.33 1.54 2/75 15944\n", None, "0"),
-        ("9.94 9.33 9.54 1/75 15944\n", None, None),
-        ("0.94 1.33 1.54 2/75 15944\n", "77", "77"),
-        ("0.94\n", None, None),
-        (None, None, None),
+        ("0.94 1.33 1.54 2/75 15944\n", {}, "0"),
+        ("9.94 9.33 9.54 1/75 15944\n", {}, None),
+        ("0.94 1.33 1.54 2/75 15944\n", {"GOMP_SPINCOUNT": "77"}, "77"),
+        ("0.94 1.33 1.54 2/75 15944\n", {"OMP_WAIT_POLICY": "active"}, None),
+        ("0.94\n", {}, None),
+        (None, {}, None),
     ],
 )
 def test_threads_sleep_while_they_wait_beside_a_busy_process(tmp_path, monkeypatch, content, given, chosen):
     """Where that is known, and the user has not chosen."""
-    monkeypatch.setattr(os, "environ", {} if given is None else {"GOMP_SPINCOUNT": given})
+    monkeypatch.setattr(os, "environ", {**given})
     if content is not None:
         (tmp_path / "loadavg").write_text(content)
     data_preprocess.limit_spinning(tmp_path / "loadavg")

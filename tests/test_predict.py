@@ -53,8 +53,8 @@ def test_texts_to_labels(trained):
 def test_results_come_in_the_order_of_the_texts(trained, monkeypatch, batch_size):
     monkeypatch.setattr(predict, "batch_size", batch_size)
     one_by_one = np.concatenate([predict.predict_proba([text]) for text in TEXTS])
-    np.testing.assert_allclose(predict.predict_proba(TEXTS), one_by_one, atol=1e-5)
-    assert predict.predict(TEXTS) == [predict.predict([text])[0] for text in TEXTS]
+    np.testing.assert_allclose(predict.predict_proba(TEXTS * 5), np.tile(one_by_one, (5, 1)), atol=1e-5)
+    assert predict.predict(TEXTS * 5) == [predict.predict([text])[0] for text in TEXTS] * 5
 
 
 def test_probabilities_are_those_of_the_network(trained):
@@ -312,7 +312,7 @@ def label_file(monkeypatch, content, name="in.json", **constants):
     return [json.loads(line) for line in open("out/labels.json", encoding="utf-8")]
 
 
-@pytest.mark.parametrize("chunk_size, batch_size", [(4096, 32), (2, 1), (5, 3)])
+@pytest.mark.parametrize("chunk_size, batch_size", [(4096, 32), (2, 1), (20, 1)])
 def test_a_file_is_labelled_in_its_order_with_what_else_is_in_it(
     trained, monkeypatch, chunk_size, batch_size
 ):
@@ -320,15 +320,15 @@ def test_a_file_is_labelled_in_its_order_with_what_else_is_in_it(
         monkeypatch,
         [
             {"id": number, "text": text, "more": {"a": [1.5, None, "龘"]}}
-            for number, text in enumerate(TEXTS * 2)
+            for number, text in enumerate(TEXTS * 5)
         ],
         chunk_size=chunk_size,
         batch_size=batch_size,
     )
     assert [(row["id"], row["text"], row["more"]) for row in rows] == [
-        (number, text, {"a": [1.5, None, "龘"]}) for number, text in enumerate(TEXTS * 2)
+        (number, text, {"a": [1.5, None, "龘"]}) for number, text in enumerate(TEXTS * 5)
     ]
-    pairs = predict.predict_with_scores(TEXTS * 2)
+    pairs = predict.predict_with_scores(TEXTS * 5)
     assert [row["label"] for row in rows] == [[label for label, _ in some] for some in pairs]
     assert [row["probability"] for row in rows] == [
         {label: pytest.approx(prob, abs=1e-4) for label, prob in some} for some in pairs

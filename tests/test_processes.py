@@ -41,7 +41,7 @@ def test_several_processes_follow_one_with_the_same_batch(
     """51 texts in batches of 8: the 3 shortest are 2 and 1 for two processes, none for the last of four."""
     shortest = [("", ["体育", "财经"]), ("股", ["股市"]), ("中", [])]
     write_jsonl("data/train.json", EXAMPLES * 8 + shortest)
-    write_jsonl("data/dev.json", EXAMPLES + EXAMPLES[:1])
+    write_jsonl("data/dev.json", EXAMPLES * 22 + EXAMPLES[:1])  # 3 batches of 64, or 5 of 32, or 9 of 16
     runs = {}
     for count, size in ((1, 8), (processes, batch_size)):
         folder = f"./model{count}"

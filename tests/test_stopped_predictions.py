@@ -23,7 +23,7 @@ import os, signal, time
 import predict
 predict.device, predict.precision = "cpu", "fp32"
 predict.input_path, predict.output_path = "in.json", "out/labels.json"
-predict.chunk_size, predict.batch_size, predict.threshold = 4, 3, 0.4
+predict.chunk_size, predict.batch_size, predict.threshold = 10, 1, 0.4
 real = predict.dump_json
 def saved(*arguments):
     time.sleep({delay})
@@ -184,7 +184,7 @@ def test_a_file_of_one_portion_is_ended_by_a_signal_at_once(reference):
 @pytest.mark.parametrize("processes", [1, 3])
 def test_the_batches_and_the_processes_may_change(reference, processes):
     stop_in_the_middle()
-    code, out, err = finish(start(label("predict.batch_size, predict.chunk_size = 1, 5"), processes))
+    code, out, err = finish(start(label("predict.batch_size, predict.chunk_size = 3, 7"), processes))
     assert code == 0 and "\nresume " in out, err
     rows, expected = (
         list(map(json.loads, output.splitlines())) for output in (OUTPUT.read_bytes(), reference[0])
