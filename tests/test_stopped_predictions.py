@@ -193,7 +193,7 @@ def test_the_batches_and_the_processes_may_change(reference, processes):
     assert [row["label"] for row in rows] == [row["label"] for row in expected]
 
 
-@pytest.mark.parametrize("limit", [1000, 5000])
+@pytest.mark.parametrize("limit", [3000, 8000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(reference, limit):
     """By a limit on the size of a file, which the output exceeds."""
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"

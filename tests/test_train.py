@@ -542,7 +542,9 @@ def test_a_compiled_network_is_compiled_a_handful_of_times(project, monkeypatch)
 def test_the_norm_of_the_gradients_is_that_of_pytorch():
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((), (3,), (40, 50), (2, 3, 4), (7,))]
     for parameter in parameters[:-1]:  # the last has no gradient
-        parameter.grad = torch.randn(parameter.shape[::-1]).mul(100).permute(*range(parameter.ndim)[::-1])
+        parameter.grad = (100 * torch.randn(parameter.shape[::-1])).permute(
+            tuple(range(parameter.ndim))[::-1]
+        )
     norm = bert_multilabel_cls.grad_norm(parameters)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     parameters[1].grad[0] = float("nan")
