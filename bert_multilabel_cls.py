@@ -143,12 +143,15 @@ def parameter_groups(model, encoder_lr, head_lr, weight_decay):
     return [{"params": params, "lr": key[0], "weight_decay": key[1]} for key, params in groups.items()]
 
 
-def grad_norm(parameters):
-    """Return the norm of all gradients together; on a CPU in half the time that PyTorch's own takes."""
-    grads = [p.grad.flatten() for p in parameters if p.grad is not None]
-    if grads[0].device.type != "cpu":
-        return nn.utils.get_total_norm(grads)
-    return torch.stack([torch.dot(grad, grad) for grad in grads]).sum().sqrt()
+def clip_grad_norm_(parameters, max_norm):
+    """Do what nn.utils.clip_grad_norm_ does; on a CPU the norm takes half the time."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if parameters[0].device.type != "cpu":
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    grads = [p.grad.flatten() for p in parameters]
+    total_norm = torch.stack([torch.dot(grad, grad) for grad in grads]).sum().sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+    return total_norm
 
 
 def find_encoder(name):

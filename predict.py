@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from numbers import Real
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is loaded
     from data_preprocess import limit_spinning
 
     limit_spinning()

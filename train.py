@@ -20,7 +20,7 @@ import time
 import zlib
 from itertools import chain
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is loaded
     from data_preprocess import limit_spinning
 
     limit_spinning()
@@ -36,8 +36,8 @@ from transformers import BertConfig, BertModel, BertTokenizer, get_linear_schedu
 
 import bert_multilabel_cls
 import data_helper
-from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, complete_save
-from bert_multilabel_cls import find_encoder, get_pth_path, grad_norm, init_bias, init_from_texts
+from bert_multilabel_cls import BertMultiLabelCls, autocast, check_truncation, choose_dtype, clip_grad_norm_
+from bert_multilabel_cls import complete_save, find_encoder, get_pth_path, init_bias, init_from_texts
 from bert_multilabel_cls import limit_threads, load_model, load_pretrained, oom_hint, parameter_groups
 from bert_multilabel_cls import pooled_sums, predict_batches, save_model, to_inference, torch_load, wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
@@ -172,9 +172,7 @@ def train():
                     log_scalars({"train/loss": loss, "train/lr": scheduler.get_last_lr()[0]}, step)
                 if sync_gradients:
                     scaler.unscale_(optimizer)
-                    if max_grad_norm:
-                        total_norm = grad_norm(model.parameters())
-                        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, total_norm)
+                    clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
                     scaler.step(optimizer)
                     scaler.update()
                     scheduler.step()

@@ -258,7 +258,7 @@ def test_script_prints_texts_labels_and_probabilities(trained):
 
 
 def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(trained, monkeypatch):
-    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.1.
+    """3,000 texts with 4 labels each: where bf16 decides otherwise than float32, it was a tie but for 0.05.
 
     On DuEE 99.999 % of the decisions agree; a network of 16 dimensions has more ties.
     """
@@ -277,7 +277,7 @@ def test_the_weights_take_the_precision_of_the_machine_and_the_labels_stay(train
     rounded = predict.predict_proba(many)
     assert dtypes == {(torch.bfloat16, torch.float32)} and not np.array_equal(exact, rounded)
     differ = (exact > 0.5) != (rounded > 0.5)
-    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.1
+    assert differ.mean() < 0.005 and np.abs(exact[differ] - 0.5).max(initial=0) < 0.05
 
 
 def test_memory_is_that_of_a_batch_not_of_all_texts(trained, monkeypatch):

@@ -539,16 +539,28 @@ def test_a_compiled_network_is_compiled_a_handful_of_times(project, monkeypatch)
     )
 
 
-def test_the_norm_of_the_gradients_is_that_of_pytorch():
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((), (3,), (40, 50), (2, 3, 4), (7,))]
-    for parameter in parameters[:-1]:  # the last has no gradient
-        parameter.grad = (100 * torch.randn(parameter.shape[::-1])).permute(
-            tuple(range(parameter.ndim))[::-1]
+def test_clipping_is_that_of_pytorch():
+    """Also of a gradient that lies transposed in memory, and of a parameter that has none."""
+    for max_norm in (1.0, float("inf")):
+        grads = [100 * torch.randn(()), torch.randn(3), torch.randn(50, 40).T, torch.randn(2, 3, 4)]
+        ours, theirs = (
+            [torch.nn.Parameter(torch.zeros_like(g)) for g in (*grads, grads[1])] for _ in range(2)
         )
-    norm = bert_multilabel_cls.grad_norm(parameters)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-    parameters[1].grad[0] = float("nan")
-    assert bert_multilabel_cls.grad_norm(parameters).isnan()
+        for grad, *pair in zip(grads, ours, theirs):  # the last parameters get none
+            for parameter in pair:
+                parameter.grad = grad.clone()
+        norms = [
+            clip(p, max_norm)
+            for clip, p in (
+                (bert_multilabel_cls.clip_grad_norm_, ours),
+                (torch.nn.utils.clip_grad_norm_, theirs),
+            )
+        ]
+        torch.testing.assert_close(*norms)
+        for one, other in zip(ours[:-1], theirs):
+            torch.testing.assert_close(one.grad, other.grad)
+    ours[1].grad[0] = float("nan")
+    assert bert_multilabel_cls.clip_grad_norm_(ours, 1.0).isnan()
 
 
 def test_gradients_are_clipped(project, monkeypatch):
