@@ -341,6 +341,24 @@ def average_precision(predictions):
     return torch.bincount(columns[true], (found / above)[last], predictions.num_labels) / support
 
 
+def calibration_error(predictions, min_label_support):
+    """Return {"frequent": error, "rare": error}: by how much probabilities miss the share that is true.
+
+    Expected calibration error in ten bins (Guo et al. 2017, arXiv 1706.04599, equation 3), of the entries
+    above the lowest threshold: nearly all of N x C are close to 0, and would hide the others. Frequent are
+    labels with min_label_support examples. A group without entries is left out.
+    """
+    _, columns, probs, true, *_ = predictions
+    support = torch.bincount(columns[true], minlength=predictions.num_labels)
+    shown, frequent = probs > threshold_grid[0], support[columns] >= min_label_support
+    errors = {}
+    for name, group in (("frequent", shown & frequent), ("rare", shown & ~frequent)):
+        bins, gaps = (probs[group] * 10).long().clamp(max=9), probs[group].double() - true[group].double()
+        if len(gaps):
+            errors[name] = (torch.bincount(bins, gaps).abs().sum() / len(gaps)).item()
+    return errors
+
+
 def confusion_counts(texts, columns, true, predicted, num_texts, num_labels):
     """Return int64 (5, C): support, predicted, true positives, N, exact matches.
 

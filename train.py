@@ -41,8 +41,9 @@ from bert_multilabel_cls import complete_save, find_encoder, get_pth_path, init_
 from bert_multilabel_cls import limit_threads, load_model, load_pretrained, oom_hint, parameter_groups
 from bert_multilabel_cls import pooled_sums, predict_batches, save_model, to_inference, torch_load, wrap_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, all_reduce, broadcast_object
-from data_helper import collect_predictions, compute_metrics, eval_dataloader, exit_if_stopped
-from data_helper import gather_predictions, init_distributed, metrics_report, misclassified, tune_thresholds
+from data_helper import calibration_error, collect_predictions, compute_metrics, eval_dataloader
+from data_helper import exit_if_stopped, gather_predictions, init_distributed, metrics_report, misclassified
+from data_helper import tune_thresholds
 from data_preprocess import InputError, atomic_write, check_labels_known, check_number, check_writable
 from data_preprocess import dump_json, dump_jsonl, file_sha256, get_world_size, handle_signals, label_names
 from data_preprocess import is_main_process, load_json_object, load_label2idx, log, log_label_metrics
@@ -234,6 +235,7 @@ def test(model_path, test_data_path, return_report=False):
         return acc
     names = label_names(label2idx)
     metrics = metrics_report(predictions, names, model.bert.config.thresholds)
+    metrics["calibration_error"] = calibration_error(predictions, min_label_support)
     return metrics, misclassified(list(read_examples(test_data_path)), predictions, names)
 
 
@@ -277,6 +279,8 @@ def report(checkpoint, num_epochs, dtype):
             log_metrics(name, metrics[name][f"at_{threshold}"], threshold)
         ranking = ("precision@1", "precision@3", "precision@5", "mean_average_precision")
         log(name, **{key: f"{metrics[name][key]:.3f}" for key in ranking if key in metrics[name]})
+        if error := metrics[name]["calibration_error"]:
+            log(name, **{f"calibration_error_{group}": f"{value:.3f}" for group, value in error.items()})
     thresholds = load_json_object(output_path("config.json"))["thresholds"]
     scores = thresholds["cross_validation"]
     scores = {f"at_{name}": f"{scores[name]:.3f}" for name in ("0.5", "single", "by_label")}

@@ -510,6 +510,26 @@ def test_average_precision_is_that_of_scikit_learn_or_hardly_less(low, ties):
         assert expected - slack < found[column] < expected + 1e-6
 
 
+@pytest.mark.parametrize("least", [1, 60, 1000])
+def test_the_calibration_error_is_the_mean_gap_between_probability_and_share_of_ten_bins(least):
+    labels, probs = random_matrices(300, 40, 2)
+    expected, support = {}, labels.sum(0)
+    for name, group in (("frequent", support >= least), ("rare", support < least)):
+        p, true = probs[:, group].flatten(), labels[:, group].flatten()
+        p, true = p[p > 0.05].double(), true[p > 0.05].double()
+        bins = [(p >= n / 10) & (p < (n + 1) / 10) for n in range(10)]
+        gaps = [len(p[b]) / len(p) * abs(p[b].mean() - true[b].mean()) for b in bins if b.any()]
+        expected |= {name: pytest.approx(sum(gaps).item(), abs=1e-6)} if len(p) else {}
+    assert data_helper.calibration_error(as_predictions(labels, probs), least) == expected
+
+
+def test_a_probability_that_is_the_share_of_true_labels_has_no_calibration_error():
+    labels = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    probs = torch.tensor([[0.5, 0.75]]).expand(4, 2)
+    assert data_helper.calibration_error(as_predictions(labels, probs), 3) == {"frequent": 0.25, "rare": 0}
+    assert data_helper.calibration_error(as_predictions(labels, probs * 0.01), 3) == {}
+
+
 @pytest.mark.parametrize("num_texts", [1, 3])
 def test_texts_without_any_label_have_scores_of_0_and_thresholds(num_texts):
     predictions = as_predictions(torch.zeros(num_texts, 3), torch.full((num_texts, 3), 0.3))

@@ -611,7 +611,7 @@ def test_a_run_leaves_its_measurements(project, monkeypatch, capsys):
     assert len(metrics["thresholds"]["by_label"]) == 4
     assert (
         {"at_0.5", "at_single", "at_by_label", "by_label", "loss", "precision@1", "precision@3"}
-        | {"ndcg@1", "ndcg@3", "mean_average_precision", "labels_without_examples"}
+        | {"ndcg@1", "ndcg@3", "mean_average_precision", "labels_without_examples", "calibration_error"}
         == metrics["dev"].keys()
         == metrics["test"].keys()
     )
