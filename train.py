@@ -67,9 +67,10 @@ compile_model = False  # torch.compile; takes minutes, pays off in long runs on 
 pad_to_multiple_of = 8  # tokens; with compile_model, batch lengths are rounded up to a multiple of this
 
 # Hyperparameters.
-lr = 2e-5  # peak learning rate of the encoder
+lr = "auto"  # peak learning rate of the encoder; "auto": 2e-5 at base size, 8e-5 for a hidden size of 384
 head_lr_factor = 10  # the pooler and the classifier learn this many times as fast
 epochs = 10
+min_steps = 1000  # of the optimizer; with little data batches get smaller, down to 8 texts, then epochs more
 batch_size = 32  # texts per process; if you run out of memory, halve it and double accumulation_steps
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
@@ -107,17 +108,17 @@ def train():
     rank, world_size = init_distributed(device)
     dtype = choose_dtype(precision, device)
     label2idx = load_label2idx(label2idx_path)
-    check_data(label2idx)
+    num_texts = check_data(label2idx)
     check_writable(output_path(checkpoint_name))
     checkpoint = Checkpoint(run_config(dtype, world_size), world_size)
-    encoder = checkpoint.encoder or broadcast_object(get_encoder)
-    folder, encoder_lr, head_lr, num_epochs = encoder
+    encoder = checkpoint.encoder or broadcast_object(lambda: get_encoder(num_texts, world_size))
+    folder, encoder_lr, head_lr, num_epochs, step_size = encoder
 
     tokenizer = load_pretrained(BertTokenizer, folder)
     train_dataset = MultiClsDataSet(train_path, max_len, label2idx_path, tokenizer, keep_tail=keep_tail)
     dev_dataset = MultiClsDataSet(dev_path, max_len, label2idx_path, tokenizer, keep_tail=keep_tail)
     train_dataset.pad_to_multiple_of = pad_to_multiple_of if compile_model else 1
-    sampler = GroupedBatchSampler(train_dataset, batch_size, accumulation_steps, seed, rank, world_size)
+    sampler = GroupedBatchSampler(train_dataset, step_size, accumulation_steps, seed, rank, world_size)
     pin_memory = torch.device(device).type == "cuda"
     train_dataloader = DataLoader(train_dataset, batch_size=None, sampler=sampler, pin_memory=pin_memory)
     dev_dataloader = eval_dataloader(dev_dataset, batch_size, device, rank, world_size)
@@ -287,7 +288,7 @@ def report(checkpoint, num_epochs, dtype):
     log("tuned", recommended=thresholds["recommended"], metric=tuned_metric(), **scores)
     note_what_helps(history, num_epochs, metrics["dev"]["by_label"])
     if is_main_process():
-        names = ("encoder", "lr", "head_lr", "epochs", "dtype", "processes")
+        names = ("encoder", "lr", "head_lr", "epochs", "batch_size", "dtype", "processes")
         used = dict(zip(names, (*checkpoint.encoder, str(dtype)[6:], get_world_size()), strict=True))
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         changed = {name: value for name, value in constants().items() if value != shipped.get(name, value)}
@@ -427,11 +428,12 @@ shipped = dict(
     train_path="./data/train.json", dev_path="./data/dev.json", test_path="./data/test.json",
     label2idx_path="./data/label2idx.json", save_model_path="./model/multi_label_cls.pth",
     checkpoint_name="checkpoint.pth", scratch_name="scratch_encoder", tensorboard_name="runs",
-    precision="auto", compile_model=False, pad_to_multiple_of=8, lr=2e-05, head_lr_factor=10,
-    epochs=10, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1, loss="bce",
-    many_labels=500, warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42, log_steps=100,
-    best_metric="accuracy", patience=0, min_label_support=10, resume=True, checkpoint_minutes=10,
-    scratch_lr=0.00025, scratch_epochs=8, pretrained_model="bert-base-chinese", mega_batch_mult=50
+    precision="auto", compile_model=False, pad_to_multiple_of=8, lr="auto", head_lr_factor=10,
+    epochs=10, min_steps=1000, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1,
+    loss="bce", many_labels=500, warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42,
+    log_steps=100, best_metric="accuracy", patience=0, min_label_support=10, resume=True,
+    checkpoint_minutes=10, scratch_lr=0.00025, scratch_epochs=8, pretrained_model="bert-base-chinese",
+    mega_batch_mult=50
 )
 # fmt: on
 
@@ -447,28 +449,28 @@ def check_constants():
         raise InputError(f'loss = {loss!r}: not "bce" or "focal"')
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: not "accuracy", "micro_f1", "macro_f1" or "loss"')
-    for name in (
-        "epochs scratch_epochs batch_size accumulation_steps pad_to_multiple_of log_steps many_labels".split()
-    ):
+    steps = ("min_steps", "log_steps", "accumulation_steps")
+    for name in ("epochs", "scratch_epochs", *steps, "batch_size", "pad_to_multiple_of", "many_labels"):
         check_number(name, globals()[name], 1, integer=True)
     for name in ("patience", "min_label_support", "seed"):
         check_number(name, globals()[name], 0, integer=True)
     for name in ("head_lr_factor", "max_grad_norm", "checkpoint_minutes"):
         check_number(name, globals()[name], 0)
-    for name in ("warmup_ratio", "dropout", "lr", "scratch_lr", "weight_decay"):
+    for name in ("warmup_ratio", "dropout", "scratch_lr", "weight_decay", *["lr"] * (lr != "auto")):
         check_number(name, globals()[name], 0, 1)
 
 
 def check_data(label2idx):
-    """Read all three files once: a bad line is reported now, not hours later."""
+    """Return the number of training texts. Reads all files: a bad line is reported now, not hours later."""
     stats = {path: scan_examples(path) for path in (train_path, dev_path, test_path)}
     check_labels_known(stats, label2idx)
-    counts = (len(stats[path].text_lengths) for path in (train_path, dev_path, test_path))
+    counts = [len(stats[path].text_lengths) for path in (train_path, dev_path, test_path)]
     log("data", **dict(zip(("train", "dev", "test"), counts, strict=True)), labels=len(label2idx))
+    return counts[0]
 
 
-def get_encoder():
-    """Return [folder, lr, head_lr, epochs] of pretrained_model; of a small BERT if the default is missing."""
+def get_encoder(num_texts, world_size):
+    """Return [folder, lr, head_lr, epochs, batch_size]; of a small BERT if the default encoder is missing."""
     name = bert_multilabel_cls.pretrained_model
     folder, error_message = find_encoder(name)
     if not folder and name != bert_multilabel_cls.default_model:
@@ -476,19 +478,36 @@ def get_encoder():
     config = load_pretrained(BertConfig, folder) if folder else BertConfig(**data_helper.scratch_config)
     check_truncation(max_len, keep_tail, config)
     if folder:
-        return [folder, lr, lr * head_lr_factor, epochs]
+        encoder_lr = min(2e-5 * (768 / config.hidden_size) ** 2, 3e-4) if lr == "auto" else lr
+        return [folder, encoder_lr, encoder_lr * head_lr_factor, *plan_steps(num_texts, epochs, world_size)]
     log("note", f"{error_message}; training a small BERT from scratch instead, with scratch_lr")
     folder = output_path(scratch_name)
     data_helper.build_scratch_encoder([text for _, text, _ in read_examples(train_path)], folder, seed)
-    return [folder, scratch_lr, scratch_lr, scratch_epochs]
+    return [folder, scratch_lr, scratch_lr, *plan_steps(num_texts, scratch_epochs, world_size)]
+
+
+def plan_steps(num_texts, num_epochs, world_size):
+    """Return (epochs, batch size per process) for min_steps optimizer steps or more.
+
+    On small data too few steps are what fails (Mosbach et al. 2021, arXiv 2006.04884).
+    """
+    texts_per_step = 8 * max(1, num_texts * num_epochs // (8 * min_steps))
+    batches_per_step = accumulation_steps * world_size
+    size = min(batch_size, math.ceil(texts_per_step / batches_per_step))
+    steps = math.ceil(num_texts / (size * batches_per_step))  # per epoch
+    least = math.ceil(min_steps / steps)
+    if least > num_epochs:
+        remedy = f"{least} epochs in place of {num_epochs} give min_steps = {min_steps}"
+        log("note", f"{num_texts} training texts are few: {remedy}")
+    return max(num_epochs, least), size
 
 
 def log_setup(model, encoder, dtype, num_steps):
     """Print the model and the plan."""
-    folder, encoder_lr, head_lr, num_epochs = encoder
+    folder, encoder_lr, head_lr, num_epochs, size = encoder
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log("model", f"{folder} on {device}", parameters=f"{parameters / 1e6:.1f}M", dtype=str(dtype)[6:])
-    sizes = {"steps_per_epoch": num_steps, "batch_size": batch_size, "processes": get_world_size()}
+    sizes = {"steps_per_epoch": num_steps, "batch_size": size, "processes": get_world_size()}
     log("plan", epochs=num_epochs, **sizes, lr=f"{encoder_lr:g}", head_lr=f"{head_lr:g}")
 
 

@@ -41,6 +41,7 @@ TRAIN_CONSTANTS = dict(
     device="cpu",
     precision="fp32",
     epochs=2,
+    min_steps=1,
     batch_size=4,
     max_len=16,
     lr=1e-3,

@@ -144,6 +144,43 @@ def test_biases_and_layer_norm_do_not_decay(project, monkeypatch):
         assert group["lr"] == pytest.approx(train.lr * (5 if head else 1)), name
 
 
+@pytest.mark.parametrize(
+    "num_texts, epochs, processes, expected",
+    [(1, 10, 1, (1000, 8)), (300, 10, 1, (27, 8)), (300, 10, 4, (27, 2)), (300, 30, 1, (30, 8))]
+    + [(1000, 10, 1, (10, 8)), (1000, 10, 2, (10, 4)), (2680, 8, 1, (8, 16)), (100_000, 3, 8, (3, 32))],
+)
+def test_little_data_gets_smaller_batches_and_then_more_epochs(
+    monkeypatch, num_texts, epochs, processes, expected
+):
+    set_train(monkeypatch, min_steps=1000, batch_size=32)
+    assert train.plan_steps(num_texts, epochs, processes) == expected
+    set_train(
+        monkeypatch, batch_size=16, accumulation_steps=2
+    )  # the remedy if memory runs out: the same steps
+    found_epochs, size = train.plan_steps(num_texts, epochs, processes)
+    assert found_epochs == expected[0] and size == (expected[1] + 1) // 2
+
+
+def test_a_run_on_little_data_takes_min_steps(project, monkeypatch, capsys):
+    set_train(monkeypatch, epochs=1, min_steps=20, batch_size=32)
+    train.train()
+    printed = capsys.readouterr().out
+    assert "note     48 training texts are few: 4 epochs in place of 1 give min_steps = 20\n" in printed
+    assert "epochs=4 steps_per_epoch=6 batch_size=8 processes=1" in printed
+    used = data_preprocess.load_json("model/metrics.json")["used"]
+    assert (used["epochs"], used["batch_size"], len(history())) == (4, 8, 4)
+
+
+@pytest.mark.parametrize("hidden_size, expected", [(768, 2e-5), (384, 8e-5), (1024, 1.125e-5), (64, 3e-4)])
+def test_the_learning_rate_suits_the_size_of_the_encoder(project, monkeypatch, hidden_size, expected):
+    folder = shutil.copytree(bert_multilabel_cls.pretrained_model, "encoder")
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", folder)
+    config = data_preprocess.load_json(f"{folder}/config.json") | {"hidden_size": hidden_size}
+    data_preprocess.dump_json(config, f"{folder}/config.json")
+    monkeypatch.setattr(train, "lr", "auto")
+    assert train.get_encoder(6, 1)[1:3] == pytest.approx([expected, 5 * expected])
+
+
 def test_dev_returns_mean_loss_and_accuracy(project):
     dataset = MultiClsDataSet("./data/dev.json")
     model = BertMultiLabelCls(None, 4)
@@ -758,7 +795,9 @@ def test_the_defaults_of_metrics_json_are_the_constants_as_shipped(project, monk
 def test_metrics_say_what_differs_from_the_defaults(project):
     train.train()
     metrics = data_preprocess.load_json("model/metrics.json")
-    expected = dict(precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr_factor=5)
+    expected = dict(
+        precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr_factor=5, min_steps=1
+    )
     assert metrics["changed"].pop("pretrained_model").endswith("encoder0")
     assert metrics["changed"] == expected | {"tensorboard_name": ""}
     assert re.fullmatch(r"model_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", metrics["run_name"])
