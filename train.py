@@ -70,7 +70,7 @@ pad_to_multiple_of = 8  # tokens; with compile_model, batch lengths are rounded 
 lr = "auto"  # peak learning rate of the encoder; "auto": 2e-5 at base size, 8e-5 for a hidden size of 384
 head_lr_factor = 10  # the pooler and the classifier learn this many times as fast
 epochs = 10
-min_steps = 1000  # of the optimizer; with little data batches get smaller, down to 8 texts, then epochs more
+min_steps = 1000  # with little data batches get smaller, down to 8 texts, then epochs more; 0 to disable
 batch_size = 32  # texts per process; if you run out of memory, halve it and double accumulation_steps
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
@@ -449,10 +449,10 @@ def check_constants():
         raise InputError(f'loss = {loss!r}: not "bce" or "focal"')
     if best_metric not in ("accuracy", "micro_f1", "macro_f1", "loss"):
         raise InputError(f'best_metric = {best_metric!r}: not "accuracy", "micro_f1", "macro_f1" or "loss"')
-    steps = ("min_steps", "log_steps", "accumulation_steps")
-    for name in ("epochs", "scratch_epochs", *steps, "batch_size", "pad_to_multiple_of", "many_labels"):
+    sizes = ("batch_size", "accumulation_steps", "pad_to_multiple_of")
+    for name in ("epochs", "scratch_epochs", "log_steps", "many_labels", *sizes):
         check_number(name, globals()[name], 1, integer=True)
-    for name in ("patience", "min_label_support", "seed"):
+    for name in ("patience", "min_label_support", "min_steps", "seed"):
         check_number(name, globals()[name], 0, integer=True)
     for name in ("head_lr_factor", "max_grad_norm", "checkpoint_minutes"):
         check_number(name, globals()[name], 0)
@@ -491,6 +491,8 @@ def plan_steps(num_texts, num_epochs, world_size):
 
     On small data too few steps are what fails (Mosbach et al. 2021, arXiv 2006.04884).
     """
+    if not min_steps:
+        return num_epochs, batch_size
     texts_per_step = 8 * max(1, num_texts * num_epochs // (8 * min_steps))
     batches_per_step = accumulation_steps * world_size
     size = min(batch_size, math.ceil(texts_per_step / batches_per_step))

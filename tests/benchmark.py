@@ -189,6 +189,7 @@ class Bench:
             tensorboard_name="",
             batch_size=self.batch_size,
             epochs=1,
+            min_steps=0,
             max_len=max_len,
             compile_model=self.compiled,
         )

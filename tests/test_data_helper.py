@@ -305,7 +305,8 @@ def test_each_step_is_the_mean_over_its_texts(project, tmp_path, encoder_folder,
 import json, os, torch, train, bert_multilabel_cls
 bert_multilabel_cls.pretrained_model = {encoder_folder!r}
 constants = dict(device="cpu", precision="fp32", epochs=1, batch_size={6 // processes}, max_len=16, lr=0.0,
-                 tensorboard_name="", dropout=0.0, max_grad_norm=0, accumulation_steps={accumulation})
+                 min_steps=0, tensorboard_name="", dropout=0.0, max_grad_norm=0,
+                 accumulation_steps={accumulation})
 for name, value in constants.items():
     setattr(train, name, value)
 seen, real_forward = [], bert_multilabel_cls.BertMultiLabelCls.forward

@@ -159,6 +159,8 @@ def test_little_data_gets_smaller_batches_and_then_more_epochs(
     )  # the remedy if memory runs out: the same steps
     found_epochs, size = train.plan_steps(num_texts, epochs, processes)
     assert found_epochs == expected[0] and size == (expected[1] + 1) // 2
+    monkeypatch.setattr(train, "min_steps", 0)
+    assert train.plan_steps(num_texts, epochs, processes) == (epochs, 16)
 
 
 def test_a_run_on_little_data_takes_min_steps(project, monkeypatch, capsys):
@@ -796,7 +798,7 @@ def test_metrics_say_what_differs_from_the_defaults(project):
     train.train()
     metrics = data_preprocess.load_json("model/metrics.json")
     expected = dict(
-        precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr_factor=5, min_steps=1
+        precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr_factor=5, min_steps=0
     )
     assert metrics["changed"].pop("pretrained_model").endswith("encoder0")
     assert metrics["changed"] == expected | {"tensorboard_name": ""}
