@@ -70,7 +70,7 @@ pad_to_multiple_of = 8  # tokens; with compile_model, batch lengths are rounded 
 lr = "auto"  # peak learning rate of the encoder; "auto": 2e-5 at base size, 8e-5 for a hidden size of 384
 head_lr_factor = 10  # the pooler and the classifier learn this many times as fast
 epochs = 10
-min_steps = 1000  # with little data batches get smaller, down to 8 texts, then epochs more; 0 to disable
+min_steps = 650  # with little data batches get smaller, down to 8 texts, then epochs more; 0 to disable
 batch_size = 32  # texts per process; if you run out of memory, halve it and double accumulation_steps
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
@@ -429,7 +429,7 @@ shipped = dict(
     label2idx_path="./data/label2idx.json", save_model_path="./model/multi_label_cls.pth",
     checkpoint_name="checkpoint.pth", scratch_name="scratch_encoder", tensorboard_name="runs",
     precision="auto", compile_model=False, pad_to_multiple_of=8, lr="auto", head_lr_factor=10,
-    epochs=10, min_steps=1000, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1,
+    epochs=10, min_steps=650, batch_size=32, accumulation_steps=1, max_len=128, keep_tail=0, dropout=0.1,
     loss="bce", many_labels=500, warmup_ratio=0.1, max_grad_norm=1.0, weight_decay=0.01, seed=42,
     log_steps=100, best_metric="accuracy", patience=0, min_label_support=10, resume=True,
     checkpoint_minutes=10, scratch_lr=0.00025, scratch_epochs=8, pretrained_model="bert-base-chinese",

@@ -146,13 +146,19 @@ def test_biases_and_layer_norm_do_not_decay(project, monkeypatch):
 
 @pytest.mark.parametrize(
     "num_texts, epochs, processes, expected",
-    [(1, 10, 1, (1000, 8)), (300, 10, 1, (27, 8)), (300, 10, 4, (27, 2)), (300, 30, 1, (30, 8))]
-    + [(1000, 10, 1, (10, 8)), (1000, 10, 2, (10, 4)), (2680, 8, 1, (8, 16)), (100_000, 3, 8, (3, 32))],
+    [(1, 10, 1, (650, 8)), (300, 10, 1, (18, 8)), (300, 10, 4, (18, 2)), (300, 30, 1, (30, 8))]
+    + [
+        (1000, 10, 1, (10, 8)),
+        (1000, 10, 2, (10, 4)),
+        (1500, 10, 1, (10, 16)),
+        (2680, 8, 1, (8, 32)),
+        (100_000, 3, 8, (3, 32)),
+    ],
 )
 def test_little_data_gets_smaller_batches_and_then_more_epochs(
     monkeypatch, num_texts, epochs, processes, expected
 ):
-    set_train(monkeypatch, min_steps=1000, batch_size=32)
+    set_train(monkeypatch, min_steps=650, batch_size=32)
     assert train.plan_steps(num_texts, epochs, processes) == expected
     set_train(
         monkeypatch, batch_size=16, accumulation_steps=2
