@@ -111,14 +111,14 @@ def train():
     num_texts = check_data(label2idx)
     check_writable(output_path(checkpoint_name))
     checkpoint = Checkpoint(run_config(dtype, world_size), world_size)
-    encoder = checkpoint.encoder or broadcast_object(lambda: get_encoder(num_texts, world_size))
-    folder, encoder_lr, head_lr, num_epochs, step_size = encoder
+    encoder = checkpoint.encoder or broadcast_object(lambda: get_encoder(num_texts))
+    folder, encoder_lr, head_lr, num_epochs, local_batch_size = encoder
 
     tokenizer = load_pretrained(BertTokenizer, folder)
     train_dataset = MultiClsDataSet(train_path, max_len, label2idx_path, tokenizer, keep_tail=keep_tail)
     dev_dataset = MultiClsDataSet(dev_path, max_len, label2idx_path, tokenizer, keep_tail=keep_tail)
     train_dataset.pad_to_multiple_of = pad_to_multiple_of if compile_model else 1
-    sampler = GroupedBatchSampler(train_dataset, step_size, accumulation_steps, seed, rank, world_size)
+    sampler = GroupedBatchSampler(train_dataset, local_batch_size, accumulation_steps, seed, rank, world_size)
     pin_memory = torch.device(device).type == "cuda"
     train_dataloader = DataLoader(train_dataset, batch_size=None, sampler=sampler, pin_memory=pin_memory)
     dev_dataloader = eval_dataloader(dev_dataset, batch_size, device, rank, world_size)
@@ -456,8 +456,10 @@ def check_constants():
         check_number(name, globals()[name], 0, integer=True)
     for name in ("head_lr_factor", "max_grad_norm", "checkpoint_minutes"):
         check_number(name, globals()[name], 0)
-    for name in ("warmup_ratio", "dropout", "scratch_lr", "weight_decay", *["lr"] * (lr != "auto")):
+    for name in ("warmup_ratio", "dropout", "scratch_lr", "weight_decay"):
         check_number(name, globals()[name], 0, 1)
+    if lr != "auto":
+        check_number("lr", lr, 0, 1)
 
 
 def check_data(label2idx):
@@ -469,7 +471,7 @@ def check_data(label2idx):
     return counts[0]
 
 
-def get_encoder(num_texts, world_size):
+def get_encoder(num_texts):
     """Return [folder, lr, head_lr, epochs, batch_size]; of a small BERT if the default encoder is missing."""
     name = bert_multilabel_cls.pretrained_model
     folder, error_message = find_encoder(name)
@@ -479,14 +481,14 @@ def get_encoder(num_texts, world_size):
     check_truncation(max_len, keep_tail, config)
     if folder:
         encoder_lr = min(2e-5 * (768 / config.hidden_size) ** 2, 3e-4) if lr == "auto" else lr
-        return [folder, encoder_lr, encoder_lr * head_lr_factor, *plan_steps(num_texts, epochs, world_size)]
+        return [folder, encoder_lr, encoder_lr * head_lr_factor, *plan_steps(num_texts, epochs)]
     log("note", f"{error_message}; training a small BERT from scratch instead, with scratch_lr")
     folder = output_path(scratch_name)
     data_helper.build_scratch_encoder([text for _, text, _ in read_examples(train_path)], folder, seed)
-    return [folder, scratch_lr, scratch_lr, *plan_steps(num_texts, scratch_epochs, world_size)]
+    return [folder, scratch_lr, scratch_lr, *plan_steps(num_texts, scratch_epochs)]
 
 
-def plan_steps(num_texts, num_epochs, world_size):
+def plan_steps(num_texts, num_epochs):
     """Return (epochs, batch size per process) for min_steps optimizer steps or more.
 
     On small data too few steps are what fails (Mosbach et al. 2021, arXiv 2006.04884).
@@ -494,7 +496,7 @@ def plan_steps(num_texts, num_epochs, world_size):
     if not min_steps:
         return num_epochs, batch_size
     texts_per_step = 8 * max(1, num_texts * num_epochs // (8 * min_steps))
-    batches_per_step = accumulation_steps * world_size
+    batches_per_step = accumulation_steps * get_world_size()
     size = min(batch_size, math.ceil(texts_per_step / batches_per_step))
     steps = math.ceil(num_texts / (size * batches_per_step))  # per epoch
     least = math.ceil(min_steps / steps)
@@ -506,10 +508,10 @@ def plan_steps(num_texts, num_epochs, world_size):
 
 def log_setup(model, encoder, dtype, num_steps):
     """Print the model and the plan."""
-    folder, encoder_lr, head_lr, num_epochs, size = encoder
+    folder, encoder_lr, head_lr, num_epochs, local_batch_size = encoder
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log("model", f"{folder} on {device}", parameters=f"{parameters / 1e6:.1f}M", dtype=str(dtype)[6:])
-    sizes = {"steps_per_epoch": num_steps, "batch_size": size, "processes": get_world_size()}
+    sizes = {"steps_per_epoch": num_steps, "batch_size": local_batch_size, "processes": get_world_size()}
     log("plan", epochs=num_epochs, **sizes, lr=f"{encoder_lr:g}", head_lr=f"{head_lr:g}")
 
 
