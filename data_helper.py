@@ -1,64 +1,49 @@
-"""Texts to tensors, tensors to batches, probabilities to scores; processes; a small encoder from scratch.
+"""Texts to tensors and batches, probabilities to scores; processes; a small encoder from scratch.
 
-reads   a data file, one example a line: {"text": "...", "label": ["...", ...]}
 run     python data_helper.py    prints the tensors of ./data/train.json
 """
 
 import atexit
+import csv
 import gc
-import math
+import json
 import os
 import re
-import sys
 from array import array
-from collections import Counter
+from collections import Counter, namedtuple
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import NamedTuple
+from itertools import chain, islice
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
+from scipy.sparse import csr_matrix, vstack
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AddedToken, BertConfig, BertModel, BertTokenizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bert_multilabel_cls
-from bert_multilabel_cls import atomic_folder, check_truncation, load_pretrained, offline
-from data_preprocess import InputError, get_world_size, is_main_process, load_label2idx, log
+import data_preprocess
+from bert_multilabel_cls import autocast, check_truncation, load_label2idx, load_pretrained
+from bert_multilabel_cls import pooler_output
+from data_preprocess import InputError, atomic_write, get_world_size, is_main_process, log
 from data_preprocess import read_examples, run_script
 
-tokenize_chunk_size = 1000  # texts tokenized at a time
-max_chars_per_token = 1000  # characters read for each token kept: no need to tokenize 10 MB for one text
-mega_batch_mult = 50  # batches whose texts are drawn at random and then sorted by length
-
-threshold_grid = torch.arange(5, 96) / 100  # what thresholds are chosen from
-average_examples = 40  # of all labels, added to those of a label when its threshold is chosen
-num_folds = 5  # of dev, to see which thresholds hold on other texts
-num_bins, first_bin = 64, 427  # of probabilities up to 0.05, by the first 11 bits of a float32: 4 an octave
-ranks = (1, 3, 5)  # k of precision@k and nDCG@k
 
 # The small BERT that train.py trains from scratch if bert-base-chinese is missing.
-scratch_config = dict(num_hidden_layers=2, hidden_size=512, num_attention_heads=8, intermediate_size=2048)
-scratch_vocab_size = 4000  # at most so many words, and so many Chinese n-grams
-scratch_min_freq = 8  # of each of these in the texts
-scratch_texts = 20_000  # about so many texts are counted,
-scratch_max_chars = 512  # each up to this length
-scratch_window = 20  # tokens at most this far apart are neighbours
-scratch_tokens = 500_000  # at most so many are looked at for that
-cjk_pattern = "[\u3400-\u9fff]"  # a Chinese character
+scratch_config = dict(num_hidden_layers=1, hidden_size=512, num_attention_heads=64)
+scratch_config |= dict(intermediate_size=512, attention_probs_dropout_prob=0.3)
 
 
 class MultiClsDataSet(Dataset):
     """The tokenized examples of a data file: N texts, T tokens of the longest text, C labels.
 
-    input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1.
-    An item is (input_ids, attention_mask, token_type_ids, labels); note that `encoder` returns mask and types
-    the other way round. With a list as index an item is a batch, padded to its own longest text.
-    tokenizer: by default of `pretrained_model`. label2idx: by default read from label2idx_path. keep_tail:
-    tokens kept from the end of a truncated text. examples: (text, labels) pairs in place of a file.
-    Stored are the ids, 4 bytes a token, and the columns of the labels that a text has, 4 bytes each:
-    label_ids, of all texts end to end; text i has label_ids[label_offsets[i] : label_offsets[i + 1]].
-    `labels` makes the matrix anew at each access. lengths: (N,) tokens.
-    Raises InputError naming file and line if an example is invalid.
+    input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1. An item
+    is (input_ids, attention_mask, token_type_ids, labels); with a list as index it is a batch,
+    padded to its own longest text. keep_tail: tokens kept from the end of a longer text. examples:
+    of read_examples, in place of a file. Raises InputError naming the line of an invalid example.
     """
 
     def __init__(
@@ -71,132 +56,68 @@ class MultiClsDataSet(Dataset):
         keep_tail=0,
         examples=None,
     ):
+        check_truncation(max_len, keep_tail)
         self.label2idx = load_label2idx(label2idx_path) if label2idx is None else label2idx
-        self.class_num = len(self.label2idx)
-        self.tokenizer = tokenizer or load_pretrained(BertTokenizer, bert_multilabel_cls.pretrained_model)
-        self.max_len, self.keep_tail, self.pad_to_multiple_of = max_len, keep_tail, 1
-        encoded = self.encode_file(data_path, examples)
-        self.ids, self.lengths, self.num_truncated, self.label_ids, self.label_offsets = encoded
-        self.offsets = self.lengths.cumsum(0) - self.lengths
+        name = bert_multilabel_cls.pretrained_model
+        self.tokenizer = tokenizer or load_pretrained(BertTokenizer, name)
+        self.class_num, self.max_len, self.keep_tail = len(self.label2idx), max_len, keep_tail
+        self.encode(read_examples(data_path, needs_labels=True) if examples is None else examples)
 
     input_ids = property(lambda self: self[:][0])
     attention_mask = property(lambda self: self[:][1])
     token_type_ids = property(lambda self: self[:][2])
-    labels = property(lambda self: self.dense_labels(torch.arange(len(self))))
-    label_counts = property(lambda self: torch.bincount(self.label_ids, minlength=self.class_num))
+    labels = property(lambda self: self[:][3])
+    label_counts = property(lambda self: torch.tensor(self.label_matrix.sum(0).A1))
 
     def encoder(self, data_path):
         """Return (input_ids, token_type_ids, attention_mask, labels) of a data file."""
-        other = MultiClsDataSet(data_path, self.max_len, None, self.tokenizer, self.label2idx, self.keep_tail)
-        return other.input_ids, other.token_type_ids, other.attention_mask, other.labels
+        options = (self.max_len, None, self.tokenizer, self.label2idx, self.keep_tail)
+        input_ids, attention_mask, token_type_ids, labels = MultiClsDataSet(data_path, *options)[:]
+        return input_ids, token_type_ids, attention_mask, labels
 
-    def encode_file(self, data_path, examples=None):
-        """Return (ids, lengths, num_truncated) as `tokenize` does, label_ids and label_offsets."""
-        label_ids, label_offsets = array("i"), array("q", [0])
-
-        def iter_texts():
-            """Yield each text after adding its labels: no file is held in memory."""
-            for *_, text, labels in (
-                read_examples(data_path, self.label2idx) if examples is None else examples
-            ):
-                label_ids.extend(map(self.label2idx.__getitem__, dict.fromkeys(labels)))
-                label_offsets.append(len(label_ids))
-                yield text
-
-        encoded = tokenize(self.tokenizer, iter_texts(), self.max_len, self.keep_tail)
-        label_ids = label_ids or array("i", [0])  # PyTorch takes no empty buffer
-        label_ids = torch.frombuffer(label_ids, dtype=torch.int32)[: label_offsets[-1]]
-        return *encoded, label_ids, torch.frombuffer(label_offsets, dtype=torch.int64)
-
-    def dense_labels(self, indices):
-        """Return the labels (B, C) of the texts `indices` (B,), float32, 0 or 1."""
-        starts = self.label_offsets[indices]
-        counts = self.label_offsets[indices + 1] - starts
-        rows = torch.arange(len(indices)).repeat_interleave(counts)
-        places = torch.arange(len(rows)) + (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
-        labels = torch.zeros(len(indices), self.class_num, dtype=torch.float32)
-        labels[rows, self.label_ids[places].long()] = 1
-        return labels
+    def encode(self, examples):
+        """Set ids, of all texts end to end; lengths, offsets (N,); label_matrix, sparse (N, C)."""
+        ids, lengths, columns, row_ends = array("i"), array("q"), array("i"), array("q", [0])
+        mask = self.tokenizer("a", return_special_tokens_mask=True).special_tokens_mask
+        tail = self.keep_tail + (mask[::-1].index(0) if 0 in mask else 1)  # with [SEP]
+        examples, most = iter(examples), 1000 * self.max_len  # characters
+        while chunk := list(islice(examples, 256)):
+            for location, _, labels, _ in chunk:
+                if unknown := [name for name in labels if name not in self.label2idx]:
+                    remedy = "run python data_preprocess.py again"
+                    raise InputError(f"{location}: the label {unknown[0]!r} is unknown; {remedy}")
+                columns.extend(sorted({self.label2idx[name] for name in labels}))
+                row_ends.append(len(columns))
+            texts = [text.strip() for _, text, *_ in chunk]
+            texts = [text[:most] + text[most:][-most:] for text in texts]
+            for text_ids in self.tokenizer(texts, verbose=False, truncation=False).input_ids:
+                if len(text_ids) > self.max_len:  # Sun et al. 2019, arXiv 1905.05583, 5.3.1
+                    text_ids = text_ids[: self.max_len - tail] + text_ids[-tail:]
+                ids.extend(text_ids)
+                lengths.append(len(text_ids))
+        self.ids, self.lengths = (torch.from_numpy(np.array(values)) for values in (ids, lengths))
+        self.offsets = self.lengths.cumsum(0) - self.lengths
+        entries = np.ones(len(columns), dtype=bool), np.array(columns), np.array(row_ends)
+        self.label_matrix = csr_matrix(entries, shape=(len(lengths), self.class_num))
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, item):
-        longest, multiple = int(self.lengths.max()), self.pad_to_multiple_of
-        if isinstance(item, list):
-            longest = min(-int(-self.lengths[item].max() // multiple) * multiple, self.max_len)
-        pad_token_id = self.tokenizer.pad_token_id or 0  # None: masked all the same
-        tensors = pad_batch(self.ids, self.offsets[item], self.lengths[item], longest, pad_token_id)
-        indices = torch.tensor(item) if isinstance(item, list) else torch.arange(len(self))[item]
-        labels = self.dense_labels(indices.reshape(-1))
-        return *tensors, labels.view(*indices.shape, self.class_num)
-
-
-def tokenize(tokenizer, texts, max_len, keep_tail=0):
-    """Return (ids, lengths, num_truncated): int32, the tokens of all texts end to end; (N,) int64; an int.
-
-    Of a text longer than max_len tokens the first ones are kept, with keep_tail also so many of the last ones
-    (Sun et al. 2019, arXiv 1905.05583, section 5.3.1: head and tail is best).
-    """
-    check_truncation(max_len, keep_tail)
-    ids, lengths, num_truncated = array("i"), array("q"), 0
-    encode_batch, num_last = batch_encoder(tokenizer)
-    head, tail = max_len * max_chars_per_token, keep_tail * max_chars_per_token
-    texts = (text if len(text) <= head + tail else text[:head] + text[len(text) - tail :] for text in texts)
-    while chunk := next_chunk(texts):
-        for kept in encode_batch(chunk):
-            if len(kept) > max_len:
-                kept = kept[: max_len - keep_tail - num_last] + kept[len(kept) - keep_tail - num_last :]
-                num_truncated += 1
-            ids.extend(kept)
-            lengths.append(len(kept))
-    ids, lengths = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
-    return ids, lengths, num_truncated
-
-
-def batch_encoder(tokenizer):
-    """Return (a function from texts to their ids, how many special tokens it puts last, such as [SEP])."""
-    options = {"truncation": False, "padding": False, "verbose": False}
-    mask = tokenizer("a", return_special_tokens_mask=True, **options).special_tokens_mask
-    num_last = mask[::-1].index(0) if 0 in mask else 1
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # in Python, such as MeCab's
-        return lambda texts: tokenizer(texts, **options).input_ids, num_last
-    if backend.truncation or backend.padding:  # only then: other threads may be using it
-        backend.no_truncation()
-        backend.no_padding()
-    # The tokenizer itself would convert everything to lists.
-    return lambda texts: (encoding.ids for encoding in backend.encode_batch_fast(texts)), num_last
-
-
-def next_chunk(texts):
-    """Return the next tokenize_chunk_size texts of an iterator, or fewer if they are long."""
-    chunk, characters = [], 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
-        if len(chunk) == tokenize_chunk_size or characters > 1000 * tokenize_chunk_size:
-            break
-    return chunk
-
-
-def pad_batch(ids, offsets, lengths, max_length, pad_token_id):
-    """Return (input_ids, attention_mask, token_type_ids), each (B, max_length) int64, in one index operation.
-
-    text      [CLS] 中 超 开 赛 [SEP] [PAD] [PAD]
-    mask        1   1  1  1  1    1     0     0
-    types       0   0  0  0  0    0     0     0
-    """
-    columns = torch.arange(max_length)
-    mask = columns < lengths[..., None]
-    input_ids = ids[(offsets[..., None] + columns).clamp(max=len(ids) - 1)].long()
-    return input_ids.masked_fill(~mask, pad_token_id), mask.long(), torch.zeros_like(input_ids)
+        lengths, offsets = self.lengths[item, None], self.offsets[item, None]
+        longest = (lengths if isinstance(item, list) else self.lengths).max()
+        columns = torch.arange(int(longest))
+        mask = columns < lengths
+        input_ids = self.ids[(offsets + columns).clamp(max=len(self.ids) - 1)].long()
+        input_ids.masked_fill_(~mask, self.tokenizer.pad_token_id or 0)  # masked anyway
+        labels = self.label_matrix[item].toarray().reshape(*mask.shape[:-1], self.class_num)
+        return input_ids, mask.long(), torch.zeros_like(input_ids), torch.from_numpy(labels).float()
 
 
 class GroupedBatchSampler(Sampler):
     """Lists of indices: texts of similar length share a batch, batches come in random order.
 
-    batch_size: texts per process; each process yields its own part of every batch. Call set_epoch first.
+    batch_size: texts per process, each of which yields its part of every batch.
     """
 
     def __init__(self, dataset, batch_size, accumulation_steps=1, seed=0, rank=0, world_size=1):
@@ -207,10 +128,12 @@ class GroupedBatchSampler(Sampler):
 
     def set_epoch(self, epoch, first_batch=0):
         """Draw the batches of an epoch; a resumed run skips those before first_batch."""
-        generator = torch.Generator().manual_seed(self.seed + epoch + 1)
-        indices = get_length_grouped_indices(self.lengths, self.batch_size, mega_batch_mult, generator)
-        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        self.batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
+        size, num_batches = self.batch_size, -(-len(self.lengths) // self.batch_size)
+        per_block = min(max(num_batches // 8, 8), 50)  # few, so that pairs rarely meet again
+        indices = get_length_grouped_indices(self.lengths, size, per_block, generator)
+        order = torch.randperm(num_batches, generator=generator).tolist()
+        self.batches = [indices[i * size : (i + 1) * size] for i in order]
         self.first_batch = first_batch
 
     def __len__(self):
@@ -218,321 +141,208 @@ class GroupedBatchSampler(Sampler):
 
     def __iter__(self):
         for batch in self.batches[self.first_batch :]:
-            yield batch[self.rank :: self.world_size] or batch[:1]  # idle ranks compute a dummy batch
+            yield batch[self.rank :: self.world_size] or batch[:1]  # idle: a dummy batch
 
     def loss_weight(self, i):
-        """Return the weight of batch i's mean loss that makes an optimizer step the mean over its texts."""
+        """Return the weight of batch i's mean loss that makes a step the mean over its texts."""
         first = i - i % self.accumulation_steps
         texts_in_step = sum(map(len, self.batches[first : first + self.accumulation_steps]))
         return len(self.batches[i][self.rank :: self.world_size]) * self.world_size / texts_in_step
 
 
 def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
-    """Return a DataLoader over batches sorted by length, of which each process gets its share.
-
-    batch_size: texts of 128 tokens or more. Of shorter ones a batch has as many as make 128 * batch_size
-    tokens, at most 8 * batch_size, since small products are slow; with 1,024 labels or more batch_size again.
-    """
-    order = dataset.lengths.argsort(descending=True, stable=True)  # out of memory at once, or never
-    batches, start = [], 0
-    while start < len(order):
-        longest = int(dataset.lengths[order[start]])
-        size = batch_size * 128 // min(max(longest, 16, dataset.class_num // 8), 128)
-        batches.append(order[start : start + size].tolist())
-        start += size
-    batches = batches[rank::world_size]
-    return DataLoader(dataset, batch_size=None, sampler=batches, pin_memory=str(device).startswith("cuda"))
+    """Return a DataLoader of batches sorted by length, with the tokens of batch_size long texts."""
+    order, batches = dataset.lengths.argsort(descending=True, stable=True), []
+    num_tokens = batch_size * min(dataset.max_len, 128)
+    while len(order):  # the longest first: out of memory at once, or never
+        longest = max(int(dataset.lengths[order[0]]), dataset.class_num // 8)
+        size = min(max(num_tokens // longest, batch_size), 8 * batch_size)
+        batches.append(order[:size].tolist())
+        order = order[size:]
+    return DataLoader(dataset, batch_size=None, sampler=batches[rank::world_size])
 
 
-class Predictions(NamedTuple):
-    """What scores, thresholds and errors of N texts and C labels need, without matrices of N x C.
-
-    texts, columns, probs, true: (E,), an entry for each label of a text that is true or has a probability
-    above the lowest threshold. rejected: (bins, C), how many other entries have a probability in each bin.
-    sums: {name: sum over the texts} of the loss and of what depends on the order of a text's labels.
-    """
-
-    texts: torch.Tensor
-    columns: torch.Tensor
-    probs: torch.Tensor
-    true: torch.Tensor
-    rejected: torch.Tensor
-    sums: Counter
-    num_texts: int
-    num_labels: int
+# What scores, thresholds and errors need. Sparse (N, C): true, bool, and probs, float32, of true
+# labels and those above min_prob. sums: {metric: sum over the texts}.
+Predictions = namedtuple("Predictions", "true probs sums min_prob")
 
 
 def collect_predictions(batches, num_labels, criterion, sampler=None):
-    """Return the Predictions of batches (probs, labels), each (B, C).
+    """Return the Predictions of batches (probs, labels), each (B, C), in the order of the texts.
 
-    sampler: an iterator over the indices of each batch; by default the texts are numbered as they come.
+    sampler: an iterator over the indices of each batch, of which each process has a share.
     """
-    rejected = torch.zeros(num_bins * num_labels, dtype=torch.int32)
-    # Not a list of small tensors: between the large ones of each batch they would leave gaps in the memory.
-    buffers, sums, num_texts = (array("i"), array("i"), array("f"), array("b")), Counter(), 0
+    texts, true_rows, prob_rows, sums = [], [], [], Counter()
+    min_prob = 0.001 if num_labels <= 500 else 0.05
     for probs, labels in batches:
-        texts = next(sampler) if sampler else range(num_texts, num_texts + len(labels))
         true = labels > 0.5
-        kept = true | (probs > threshold_grid[0])
-        rows, columns = kept.nonzero(as_tuple=True)
-        entries = torch.tensor(texts)[rows].int(), columns.int(), probs[kept], true[kept]
-        for buffer, values in zip(buffers, entries, strict=True):
-            buffer.frombytes(values.numpy().tobytes())
-        bins = ((probs.contiguous().view(torch.int32) >> 21) - first_bin).clamp(0, num_bins - 1)
-        cells = bins * num_labels + torch.arange(num_labels)
-        rejected.scatter_add_(0, cells.flatten(), (~kept).int().flatten())
-        sums.update(ranking_sums(probs, labels))
+        kept = probs.clamp(min=1e-30) * (true | (probs > min_prob))  # 0 would not be stored
+        true_rows.append(csr_matrix(true.numpy()))
+        prob_rows.append(csr_matrix(kept.numpy()))
+        texts += next(sampler) if sampler else range(len(texts), len(texts) + len(labels))
         sums["loss"] += criterion(probs, labels).item() * len(labels)
-        num_texts += len(labels)
-    dtypes = torch.int32, torch.int32, torch.float32, torch.bool
-    entries = [
-        torch.frombuffer(buffer or bytearray(4), dtype=dtype)[: len(buffer)]
-        for buffer, dtype in zip(buffers, dtypes, strict=True)
-    ]
-    return Predictions(*entries, rejected.view(num_bins, num_labels), sums, num_texts, num_labels)
+        for k in (k for k in (1, 3, 5) if k <= num_labels):
+            hits = labels.gather(1, probs.topk(k).indices)
+            sums[f"precision@{k}"] += hits.mean(1).sum().item()
+    part = texts, true_rows, prob_rows, sums
+    texts, trues, probs, sums = zip(*(all_gather_object(part) if sampler else [part]))
+    order = np.argsort(np.concatenate(texts))
+    true, probs = (vstack([*chain(*rows)], "csr")[order] for rows in (trues, probs))
+    sums = {name: sum(part[name] for part in sums) for name in sums[0]}
+    return Predictions(true, probs, sums, min_prob)
 
 
-def gather_predictions(predictions):
-    """Return the Predictions of all processes in one, sorted by text."""
-    parts = all_gather_object(predictions)
-    *entries, rejected, sums, num_texts, _ = zip(*parts, strict=True)
-    entries = [torch.cat(tensors) for tensors in entries]
-    order = entries[0].argsort(stable=True)
-    total = Counter()
-    for part in sums:
-        total.update(part)
-    entries = [tensor[order] for tensor in entries]
-    return Predictions(*entries, sum(rejected), total, sum(num_texts), predictions.num_labels)
+def predict_labels(probs, thresholds=0.5):
+    """Return which probabilities are above thresholds, one or (C,): sparse, (N, C) bool."""
+    limits = np.broadcast_to(np.float32(thresholds), probs.shape[1])
+    above = probs.data > limits[probs.indices]
+    predicted = csr_matrix((above, probs.indices, probs.indptr), probs.shape, copy=True)
+    predicted.eliminate_zeros()
+    return predicted
 
 
-def ranking_sums(probs, labels):
-    """Return {metric: sum over the texts} of precision@k and nDCG@k; a text without labels counts as 0."""
-    k = min(max(ranks), labels.shape[1])
-    hits, num_true = labels.gather(1, probs.topk(k).indices).double(), labels.sum(1).long()
-    discounts = 1 / torch.arange(2, k + 2).double().log2()
-    sums = {}
-    for k in (k for k in ranks if k <= labels.shape[1]):
-        ideal = discounts.cumsum(0)[num_true.clamp(1, k) - 1]
-        sums[f"precision@{k}"] = hits[:, :k].mean(1).sum().item()
-        sums[f"ndcg@{k}"] = (hits[:, :k] @ discounts[:k] / ideal).sum().item()
-    return sums
+def count_labels(true, predicted, axis=0):
+    """Return (support, predicted, true positives) by label (axis 0) or by text (axis 1)."""
+    return [m.sum(axis).A1.astype(float) for m in (true, predicted, true.multiply(predicted))]
 
 
-def average_precision(predictions):
-    """Return the average precision of each label, (C,), as scikit-learn defines it; NaN without examples.
+def f1_score(support, predicted, true_positives):
+    """Return the F1 of counts, 0 where undefined."""
+    return 2 * true_positives / np.maximum(support + predicted, 1)
 
-    Below the lowest threshold it is a lower bound: there the others in a bin, a fifth wide, come first.
+
+def compute_metrics(true, predicted):
+    """Return {metric: value} of sparse bool matrices (N, C), as scikit-learn defines them.
+
+    All are printed, drawn and written, and may be best_metric. Labels without examples count as 0.
     """
-    bins, columns = predictions.rejected.nonzero(as_tuple=True)
-    edges = ((bins + first_bin + 1) * 2**21).int().view(torch.float32).clamp(max=threshold_grid[0])
-    probs = torch.cat([predictions.probs, edges])
-    sizes = torch.cat([torch.ones_like(predictions.columns), predictions.rejected[bins, columns]])
-    true = torch.cat([predictions.true, torch.zeros_like(columns, dtype=torch.bool)])
-    columns = torch.cat([predictions.columns, columns])
-    order = probs.argsort(descending=True)
-    order = order[columns[order].argsort(stable=True)]
-    probs, sizes, true, columns = probs[order], sizes[order], true[order], columns[order].long()
-    support = torch.bincount(columns[true], minlength=predictions.num_labels)
-    found = true.cumsum(0) - (support.cumsum(0) - support)[columns]
-    above = sizes.cumsum(0) - columns * predictions.num_texts
-    differs = (columns.diff() != 0) | (probs.diff() != 0)
-    ends = torch.cat([differs, torch.ones(1, dtype=torch.bool)]).nonzero().flatten()  # of equal probabilities
-    last = ends[torch.searchsorted(ends, true.nonzero().flatten())]
-    return torch.bincount(columns[true], (found / above)[last], predictions.num_labels) / support
+    counts = np.array(count_labels(true, predicted))
+    return {
+        "accuracy": float((np.diff((true != predicted).indptr) == 0).mean()),  # all labels right
+        "micro_f1": float(f1_score(*counts.sum(1))),
+        "macro_f1": float(f1_score(*counts).mean()),
+        "samples_f1": float(f1_score(*count_labels(true, predicted, axis=1)).mean()),
+    }
 
 
-def calibration_error(predictions, min_label_support):
-    """Return {"frequent": error, "rare": error}: by how much probabilities miss the share that is true.
-
-    Expected calibration error in ten bins (Guo et al. 2017, arXiv 1706.04599, equation 3), of the entries
-    above the lowest threshold: nearly all of N x C are close to 0, and would hide the others. Frequent are
-    labels with min_label_support examples. A group without entries is left out.
-    """
-    _, columns, probs, true, *_ = predictions
-    support = torch.bincount(columns[true], minlength=predictions.num_labels)
-    shown, frequent = probs > threshold_grid[0], support[columns] >= min_label_support
-    errors = {}
-    for name, group in (("frequent", shown & frequent), ("rare", shown & ~frequent)):
-        bins, gaps = (probs[group] * 10).long().clamp(max=9), probs[group].double() - true[group].double()
-        if len(gaps):
-            errors[name] = (torch.bincount(bins, gaps).abs().sum() / len(gaps)).item()
-    return errors
-
-
-def confusion_counts(texts, columns, true, predicted, num_texts, num_labels):
-    """Return int64 (5, C): support, predicted, true positives, N, exact matches.
-
-    Of the entries (E,) that are true, predicted or both; others do no harm.
-    """
-    masks = (true, predicted, true & predicted)
-    rows = [torch.bincount(columns[mask], minlength=num_labels) for mask in masks]
-    exact_matches = num_texts - len(texts[true != predicted].unique())
-    return torch.stack([*rows, *(torch.full_like(rows[0], n) for n in (num_texts, exact_matches))])
-
-
-def precision_recall_f1(support, predicted, true_positives):
-    """Return (precision, recall, F1) of counts; 0 where undefined."""
-    precision, recall = true_positives / predicted.clamp(min=1), true_positives / support.clamp(min=1)
-    return precision, recall, 2 * true_positives / (support + predicted).clamp(min=1)
-
-
-def metrics_from_counts(counts):
-    """Return {metric: value} of confusion_counts. In macro averages labels without examples count as 0."""
-    support, predicted, true_positives, texts, exact_matches = counts.double()
-    hamming_loss = (support + predicted - 2 * true_positives).sum() / texts.sum()
-    metrics = {"accuracy": exact_matches[0] / texts[0], "hamming_loss": hamming_loss}
-    micro = precision_recall_f1(support.sum(), predicted.sum(), true_positives.sum())
-    macro = [values.mean() for values in precision_recall_f1(support, predicted, true_positives)]
-    names = ("precision", "recall", "f1")
-    for average, values in (("micro", micro), ("macro", macro)):
-        metrics |= dict(zip((f"{average}_{name}" for name in names), values, strict=True))
-    return {name: value.item() for name, value in metrics.items()}
-
-
-def per_label_metrics(counts, names):
-    """Return {label: {precision, recall, f1, support, predicted}} of confusion_counts; the last are texts."""
+def per_label_metrics(true, predicted, names):
+    """Return {label: {precision, recall, f1, support, predicted}} of sparse matrices (N, C)."""
+    support, chosen, found = count_labels(true, predicted)
+    columns = found / np.maximum(chosen, 1), found / np.maximum(support, 1)
+    rows = zip(*columns, f1_score(support, chosen, found), support, chosen)
     keys = ("precision", "recall", "f1", "support", "predicted")
-    columns = [values.tolist() for values in (*precision_recall_f1(*counts[:3].double()), *counts[:2])]
-    rows = zip(*columns, strict=True)
-    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
-
-
-def count_entries(predictions, predicted):
-    """Return confusion_counts of Predictions and which of their entries are predicted, (E,) bool."""
-    texts, columns, _, true, *_ = predictions
-    return confusion_counts(texts, columns, true, predicted, predictions.num_texts, predictions.num_labels)
-
-
-def compute_metrics(predictions, predicted=None):
-    """Return {metric: value} of Predictions; predicted: which entries are, (E,); by default those > 0.5."""
-    texts, true = predictions.texts, predictions.true.int()
-    predicted = predictions.probs > 0.5 if predicted is None else predicted
-    found = torch.bincount(texts, true * predicted, predictions.num_texts)
-    total = torch.bincount(texts, true + predicted, predictions.num_texts)
-    samples_f1 = (2 * found / total.clamp(min=1)).mean().item()  # 0 for a text with neither
-    return metrics_from_counts(count_entries(predictions, predicted)) | {"samples_f1": samples_f1}
+    return {name: dict(zip(keys, map(float, row))) for name, row in zip(names, rows)}
 
 
 def metrics_report(predictions, names, thresholds):
-    """Return metrics that need no threshold, at 0.5 and at the tuned thresholds, and by label at 0.5."""
-    precision, probs = average_precision(predictions), predictions.probs
-    metrics = {name: total / predictions.num_texts for name, total in sorted(predictions.sums.items())}
-    metrics["mean_average_precision"] = precision.nanmean().nan_to_num().item()
-    metrics["labels_without_examples"] = int(precision.isnan().sum())
-    by_label = torch.tensor([thresholds["by_label"][name] for name in names])[predictions.columns]
-    metrics["at_0.5"] = compute_metrics(predictions)
-    metrics["at_single"] = compute_metrics(predictions, probs > thresholds["single"])
-    metrics["at_by_label"] = compute_metrics(predictions, probs > by_label)
-    return metrics | {"by_label": per_label_metrics(count_entries(predictions, probs > 0.5), names)}
+    """Return {metric: value}, of those without a threshold and at each; by label at 0.5."""
+    true, probs, sums, min_prob = predictions
+    metrics = {name: total / true.shape[0] for name, total in sorted(sums.items())}
+    is_true = (true.astype(int) + probs.astype(bool)).data == 2  # each entry of probs
+    hits, support = is_true & (probs.data > min_prob), true.sum(0).A1
+    order = np.lexsort((hits, -probs.data, probs.indices))
+    columns, hits = probs.indices[order], hits[order]
+    starts = np.searchsorted(columns, columns)  # of the label
+    found = hits.cumsum() - np.append(0, hits.cumsum())[starts]
+    precision = hits * found / (np.arange(len(hits)) + 1 - starts)
+    average_precision = np.bincount(columns, precision, len(support)) / np.maximum(support, 1)
+    seen = max(np.count_nonzero(support), 1)
+    metrics["mean_average_precision"] = float(average_precision.sum() / seen)
+    metrics["labels_without_examples"] = int((support == 0).sum())
+    by_label = [thresholds["by_label"][name] for name in names]
+    options = {"at_0.5": 0.5, "at_single": thresholds["single"], "at_by_label": by_label}
+    metrics |= {k: compute_metrics(true, predict_labels(probs, t)) for k, t in options.items()}
+    return metrics | {"by_label": per_label_metrics(true, predict_labels(probs), names)}
 
 
-def tune_thresholds(predictions, names, min_label_support, metric):
-    """Return {"single": t, "by_label": {name: t}, "recommended": name, "cross_validation": {name: metric}}.
+def tune_thresholds(predictions, names, smoothing=40):
+    """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie the nearest to 0.5.
 
-    For dev only: on the texts they were chosen on, thresholds always look good. So recommended, of "0.5",
-    "single" and "by_label", is what has the best metric on texts that were left out of choosing (five folds).
+    For dev only. To the counts of a label so many examples of an average one are added (smoothing):
+    few of its own do not lead astray.
     """
-    texts, columns, probs, true, *_ = predictions
-    generator = torch.Generator().manual_seed(0)
-    folds = (torch.randperm(predictions.num_texts, generator=generator) % num_folds)[texts]
-    shape = num_folds, len(threshold_grid) + 1, predictions.num_labels
-    keys = (folds * shape[1] + torch.bucketize(probs, threshold_grid)) * shape[2] + columns
-
-    def count_above(keys):
-        """Return (folds, 91, C): how many entries are above each threshold."""
-        counts = torch.bincount(keys, minlength=math.prod(shape)).view(shape)
-        return counts.flip(1).cumsum(1).flip(1)[:, 1:]
-
-    support = torch.bincount(folds[true] * shape[2] + columns[true], minlength=shape[0] * shape[2])
-    counts = support.view(num_folds, 1, -1), count_above(keys), count_above(keys[true])
-    single, by_label = choose_thresholds(*(count.sum(0) for count in counts), min_label_support)
-    pairs = [
-        choose_thresholds(*(count.sum(0) - count[fold] for count in counts), min_label_support)
-        for fold in range(num_folds)
-    ]
-    singles, by_labels = map(torch.stack, zip(*pairs, strict=True))
-    options = {"0.5": 0.5, "single": singles[folds], "by_label": by_labels[folds, columns]}
-    scores = {name: compute_metrics(predictions, probs > t)[metric] for name, t in options.items()}
-    single, *by_label = (round(t, 2) for t in (single.item(), *by_label.tolist()))
-    thresholds = {"single": single, "by_label": dict(zip(names, by_label, strict=True))}
-    return thresholds | {"recommended": max(scores, key=scores.get), "cross_validation": scores}
-
-
-def choose_thresholds(support, predicted, found, min_label_support):
-    """Return (the threshold with the best micro F1, those with the best F1 by label (C,)) of counts (91, C).
-
-    At a tie the nearest to 0.5. The labels with fewer than min_label_support examples share one. To the
-    counts of a label, or of these, average_examples of an average label are added: few do not lead astray.
-    """
-
-    def best(*counts):
-        """Return for each column the threshold with the best F1."""
-        f1 = precision_recall_f1(*counts)[2][nearest_first]
-        return threshold_grid[nearest_first][f1.numpy().argmax(0)]
-
-    nearest_first = (threshold_grid - 0.5).abs().argsort(stable=True)
-    counts = [count.double() for count in (support, predicted, found)]
-    totals = [count.sum(1, keepdim=True) for count in counts]
-    weight = average_examples / totals[0].clamp(min=1)
-    [single] = best(*totals)
-    rare = support[0] < min_label_support
-    counts = [torch.where(rare, count[:, rare].sum(1, keepdim=True), count) for count in counts]
-    return single, best(*(count + weight * total for count, total in zip(counts, totals, strict=True)))
+    true, probs, *_ = predictions
+    grid = np.arange(5, 96, dtype=np.float32) / 100
+    size = len(grid) + 1, true.shape[1]
+    cells = np.searchsorted(grid, probs.data) * size[1] + probs.indices
+    counts = [np.broadcast_to(true.sum(0).A1, (len(grid), size[1]))]  # support, and how many
+    is_true = (true.astype(int) + probs.astype(bool)).data == 2  # each entry of probs
+    for weights in (None, is_true):  # entries, and true ones, are above: (91, C)
+        in_bins = np.bincount(cells, weights, np.prod(size)).reshape(size)
+        counts.append(in_bins[::-1].cumsum(0)[::-1][1:])
+    nearest_first = np.abs(grid - np.float32(0.5)).argsort(kind="stable")
+    counts, grid = np.stack(counts)[:, nearest_first], grid[nearest_first].astype(float).round(2)
+    total = counts.sum(2, keepdims=True)
+    smoothed = counts + smoothing / max(total[0, 0, 0], 1) * total
+    single, by_label = (grid[f1_score(*c).argmax(0)].tolist() for c in (total, smoothed))
+    return {"single": single[0], "by_label": dict(zip(names, by_label, strict=True))}
 
 
 def misclassified(examples, predictions, names):
-    """Yield a dict for each (location, text, labels) with a wrong label at 0.5, the most confident first."""
-    texts, columns, probs, true, *_ = predictions
-    wrong = (probs > 0.5) != true
-    order = (probs - true.float()).abs()[wrong].argsort(descending=True, stable=True)
-    ends = torch.bincount(texts, minlength=predictions.num_texts).cumsum(0).tolist()
-    for i in dict.fromkeys(texts[wrong][order].tolist()):
-        span = slice(ends[i - 1] if i else 0, ends[i])
-        entries = zip(*(tensor[span].tolist() for tensor in (columns, probs, true)), strict=True)
-        entries = [(names[c], prob, is_true) for c, prob, is_true in entries if is_true or prob > 0.5]
-        file, _, line = examples[i][0].rpartition(":")
-        row = {"file": file, "line": int(line), "text": examples[i][1]}
-        row["true"] = [name for name, _, is_true in entries if is_true]
-        row["predicted"] = [name for name, prob, _ in entries if prob > 0.5]
-        row["probability"] = {name: round(prob, 4) for name, prob, _ in entries}
-        yield row
+    """Yield a dict for each example of read_examples with a wrong label at 0.5, worst first."""
+    true, probs, *_ = predictions
+    predicted = predict_labels(probs)
+    errors = abs(probs - true).multiply(true != predicted).max(1).toarray().ravel()
+    examples = list(examples)
+    for i in np.argsort(-errors, kind="stable")[: np.count_nonzero(errors)].tolist():
+        location, text, _, others = examples[i]
+        labels, chosen = ([names[c] for c in matrix[i].indices] for matrix in (true, predicted))
+        scores = {names[c]: round(float(p), 4) for c, p in zip(probs[i].indices, probs[i].data)}
+        row = {"location": location, "text": text, "true": labels, "predicted": chosen}
+        row["missed"] = [name for name in labels if name not in chosen]
+        row["false_positives"] = [name for name in chosen if name not in labels]
+        row["probability"] = {name: scores[name] for name in dict.fromkeys(labels + chosen)}
+        yield row | {f"{key}_" if key in row else key: value for key, value in others.items()}
+
+
+def write_rows(rows, out_path, header=None):
+    """Write dicts as lines of JSON or, if it is called .csv or .tsv, as a table, atomically."""
+    options, out_path = {"errors": "backslashreplace", "newline": ""}, os.fspath(out_path)
+    with atomic_write(out_path) as path, open(path, "w", encoding="utf-8", **options) as file:
+        if not out_path.lower().endswith((".csv", ".tsv")):
+            file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+            return
+        file.write("\ufeff")  # the mark by which Excel knows the encoding
+        header = dict.fromkeys(chain(*rows)) if header is None else header
+        delimiter = "\t" if out_path.lower().endswith(".tsv") else ","
+        table = csv.DictWriter(file, header, delimiter=delimiter)
+        table.writeheader()
+        join = data_preprocess.label_separator.join
+        for row in rows:  # names are joined, and the scores of names
+            lists = {k: [*v.values()] if isinstance(v, dict) else v for k, v in row.items()}
+            lists = {k: join(map(str, v)) for k, v in lists.items() if isinstance(v, list)}
+            table.writerow(row | lists)
+
+
+def log_label_metrics(by_label, where):
+    """Print a line per label, the weakest first, of many labels ten; `where` all are."""
+    rows = sorted(by_label.items(), key=lambda item: item[1]["f1"])
+    for name, row in rows[: 10 if len(rows) >= 50 else len(rows)]:
+        scores = {key: f"{row[key]:.3f}" for key in ("precision", "recall", "f1")}
+        log("label", f"{name:.40}", **scores, support=int(row["support"]))
+    if len(rows) >= 50:
+        log("label", f"… {len(rows) - 10} others; {where}")
 
 
 def init_distributed(device):
     """Join the processes that torchrun started and return (rank, world_size); without it (0, 1)."""
     if get_world_size() > 1 and not dist.is_initialized():
-        on_gpu, local_rank = str(device).startswith("cuda"), int(os.environ.get("LOCAL_RANK", 0))
-        if on_gpu and (str(device) != "cuda" or local_rank >= torch.cuda.device_count()):
-            remedy = f'use "cuda" and one GPU per process; this machine has {torch.cuda.device_count()}'
-            raise InputError(f"device = {str(device)!r}: {remedy}")
+        num_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        on_gpu = str(device).startswith("cuda")
+        if on_gpu and (str(device) != "cuda" or local_rank >= num_gpus):
+            raise InputError(f'device = {device}: use "cuda", one process per GPU ({num_gpus})')
         if on_gpu:
             torch.cuda.set_device(local_rank)
-        nccl = on_gpu and dist.is_nccl_available()  # Windows has none
-        # A day: the others wait while rank 0 downloads an encoder, or labels its part of a file.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
-        atexit.register(destroy_distributed)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # for a download
+        # After DistributedDataParallel is gone: with gloo, torch 2.13 can hang.
+        atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def destroy_distributed():
-    """Leave the process group. DistributedDataParallel has to go first: with gloo, torch 2.13 can hang."""
-    gc.collect()
-    dist.destroy_process_group()
-
-
-def all_reduce(tensor, operation="SUM"):
-    """Return the sum of a tensor over all processes, or the "MAX"."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-    return tensor
 
 
 def broadcast_object(function):
     """Return in all processes what function() returns in rank 0, which alone calls it."""
-    values = [function() if is_main_process() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+    return all_gather_object(function() if is_main_process() else None)[0]
 
 
 def all_gather_object(value):
@@ -544,115 +354,105 @@ def all_gather_object(value):
     return values
 
 
-def exit_if_stopped(signals, resume, **where):
-    """Exit with 128 + the number of a signal that any process has got, and say how to go on from `where`."""
-    if number := int(all_reduce(torch.tensor(max(signals, default=0)), "MAX")):
-        remedy = "" if resume else "set resume = True and "
-        log("stopped", f"{remedy}run the same command again to resume;", **where)
-        sys.exit(128 + number)
+@torch.inference_mode()
+def sum_pooled(model, dataset, device, dtype):
+    """Return the sums over the texts from which init_classifier starts many labels."""
+    log("note", "many labels: the classifier starts from the texts that have each of them")
+    num_labels, size = model.fc.weight.shape
+    sums = [torch.zeros(n, size, dtype=torch.float64) for n in (1, size, num_labels)]
+    for *inputs, labels in eval_dataloader(dataset, 32, device, *init_distributed(device)):
+        with autocast(device, dtype):
+            inputs = (tensor.to(device) for tensor in inputs)
+            pooled = pooler_output(model.eval().bert, *inputs).double().cpu()
+        for total, factors in zip(sums, (torch.ones(len(pooled), 1), pooled, labels)):
+            total += factors.T.double() @ pooled
+    return [sum(parts) for parts in zip(*all_gather_object(sums))]
 
 
-def build_scratch_encoder(texts, folder, seed=0):
-    """Write a small untrained BERT with a vocabulary of `texts` to `folder`, always the same for a seed."""
-    texts = [text[:scratch_max_chars] for text in texts[:: max(1, len(texts) // scratch_texts)]]
+@contextmanager
+def only_process(get_path, what):
+    """Let one process at a time in, by a lock file at get_path(), or raise; a kill unlocks it."""
+    lock = FileLock(get_path())
+    try:
+        held = lock.acquire(timeout=0) if is_main_process() else nullcontext()
+    except (Timeout, NotImplementedError) as error:  # the latter: by the file system
+        raise InputError(f"another process {what}: wait, or set another path ({error})") from None
+    with held:
+        yield
+        if lock.is_locked and os.name == "posix":  # Windows removes no open file
+            os.remove(lock.lock_file)
+
+
+def build_scratch_encoder(examples, seed=0):
+    """Return (a small untrained BERT, its tokenizer), with a vocabulary of read_examples."""
+    texts = [text[:512] for _, text, *_ in examples]
+    texts = texts[:: max(1, len(texts) // 20_000)]
     tokenizer = scratch_tokenizer(texts)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         bert = BertModel(BertConfig(vocab_size=len(tokenizer), **scratch_config))
         token_ids = tokenizer(texts, add_special_tokens=False).input_ids
-        token_ids = token_ids[:: 1 + sum(map(len, token_ids)) // scratch_tokens]
+        token_ids = token_ids[:: 1 + sum(map(len, token_ids)) // 500_000]
         init_embeddings_ppmi(bert.embeddings.word_embeddings.weight, token_ids)
-        init_bag_of_words(bert)
-    with atomic_folder(folder) as path, offline():
-        bert.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+        # With identities [CLS] starts as the tokens' average; random matrices pass on nothing.
+        for name, module in bert.named_modules():
+            if name.endswith(("attention.self.value", "attention.output.dense", "pooler.dense")):
+                module.weight += torch.eye(len(module.weight))
+        bert.embeddings.position_embeddings.weight.zero_()
+        bert.embeddings.token_type_embeddings.weight.zero_()
+    return bert, tokenizer
 
 
-def scratch_tokenizer(texts):
-    """Return a BertTokenizer with the characters, frequent words and frequent Chinese n-grams of `texts`.
-
-    BERT's own splits Chinese into characters. Without pretraining a network learns 股市 from far fewer
-    texts if it is one token, so the n-grams are added tokens; elsewhere a character is still a token.
-    """
-    backend = BertTokenizer().backend_tokenizer
-    words = Counter()
-    for text in texts:
-        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-        words.update(word for word, _ in pieces)
+def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
+    """Return a BertTokenizer of the characters, frequent words and Chinese n-grams of `texts`."""
+    backend, chinese = BertTokenizer().backend_tokenizer, "[\u3400-\u9fff]"
+    normalized = map(backend.normalizer.normalize_str, texts)
+    pieces = map(backend.pre_tokenizer.pre_tokenize_str, normalized)
+    words = Counter(word for text_pieces in pieces for word, _ in text_pieces)
     characters = Counter(character for word in words.elements() for character in word)
-    # A character seen once becomes [UNK], so that the network learns an embedding for unknown ones.
-    singles = sorted(character for character, count in characters.items() if count > 1) or sorted(characters)
-    suffixes = [f"##{character}" for character in singles if not re.match(cjk_pattern, character)]
-    frequent_words = top_tokens({word: count for word, count in words.items() if len(word) > 1})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *suffixes, *frequent_words]
-    tokenizer = BertTokenizer(vocab={token: idx for idx, token in enumerate(dict.fromkeys(vocabulary))})
-    tokenizer.add_tokens([AddedToken(ngram, normalized=False) for ngram in frequent_ngrams(texts)])
+    # One seen once becomes [UNK], so that the network learns an embedding for unknown ones.
+    singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
+    suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]
+    ngrams, fragments = Counter(), set()  # of 2 to 4 characters; parts mostly of a longer one
+    for run in re.findall(f"{chinese}+", "\n".join(texts)):
+        for n in (2, 3, 4):
+            ngrams.update(run[start : start + n] for start in range(len(run) - n + 1))
+    for ngram, n in ngrams.items():
+        if n >= min_count:
+            fragments.update(p for p in (ngram[:-1], ngram[1:]) if ngrams[p] <= 1.2 * n)
+    frequent = []
+    for counts, left_out in ((words, characters), (ngrams, fragments)):
+        tokens = sorted(t for t, n in counts.items() if n >= min_count and t not in left_out)
+        frequent.append(sorted(tokens, key=counts.get, reverse=True)[:max_tokens])
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *suffixes, *frequent[0]]
+    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(vocab))})
+    tokenizer.add_tokens([AddedToken(ngram, normalized=False) for ngram in frequent[1]])
     return tokenizer
 
 
-def frequent_ngrams(texts):
-    """Return the frequent n-grams of 2 to 4 Chinese characters, without those mostly inside a longer one."""
-    counts, fragments = Counter(), set()
-    for run in (run for text in texts for run in re.findall(f"{cjk_pattern}+", text)):
-        for n in (2, 3, 4):
-            counts.update(run[start : start + n] for start in range(len(run) - n + 1))
-    for ngram, count in counts.items():
-        if count >= scratch_min_freq:
-            fragments.update(part for part in (ngram[:-1], ngram[1:]) if counts[part] <= 1.2 * count)
-    return top_tokens({ngram: count for ngram, count in counts.items() if ngram not in fragments})
-
-
-def top_tokens(counts):
-    """Return at most scratch_vocab_size tokens that occur scratch_min_freq times, in a fixed order."""
-    frequent = [token for token, count in counts.items() if count >= scratch_min_freq]
-    return sorted(frequent, key=lambda token: (-counts[token], token))[:scratch_vocab_size]
-
-
 def init_embeddings_ppmi(embeddings, token_ids):
-    """Initialise the embeddings (V, H) of the tokens in `token_ids`, lists of ids, from their neighbours.
+    """Start the embeddings (V, H) from what tokens share a text, in lists of ids.
 
-    Positive pointwise mutual information, reduced to H dimensions by a singular value decomposition (Levy and
-    Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2).
+    Positive pointwise mutual information and a singular value decomposition (Levy and Goldberg
+    2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2).
     """
-    flat = torch.tensor([token for ids in token_ids for token in (*ids, *[-1] * scratch_window)])
-    pairs = torch.cat([torch.stack([flat[:-n], flat[n:]]) for n in range(1, scratch_window + 1)], dim=1)
-    pairs = pairs[:, (pairs >= 0).all(0)]  # none across the end of a text
-    if not pairs.numel():
-        return  # no text has two tokens
-    vocab_size, hidden_size = embeddings.shape
-    keys = torch.cat([pairs[0] * vocab_size + pairs[1], pairs[1] * vocab_size + pairs[0]])
-    keys, counts = keys.unique(return_counts=True)
-    pairs = torch.stack([keys // vocab_size, keys % vocab_size])
-    totals = torch.bincount(pairs[0], weights=counts, minlength=vocab_size)
-    ppmi = torch.log(counts * totals.sum() / totals[pairs].prod(0)).clamp(min=0).float()
-    matrix = torch.sparse_coo_tensor(pairs, ppmi, (vocab_size, vocab_size), check_invariants=True)
-    vectors, values, _ = torch.svd_lowrank(matrix, q=min(hidden_size, vocab_size), niter=4)
-    vectors = vectors * values.sqrt()
-    has_pairs = totals > 0
-    if not vectors[has_pairs].std() > 0:
+    size, hidden_size = embeddings.shape
+    rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
+    columns = np.array([*chain(*token_ids)], dtype=np.int64)
+    texts = csr_matrix((np.ones(len(rows)), (rows, columns)), (len(token_ids), size))
+    pairs = (texts.T @ texts).tocoo()
+    pairs.data[pairs.row == pairs.col] = 0
+    totals, cells = pairs.sum(0).A1, np.stack([pairs.row, pairs.col])
+    ratio = pairs.data * totals.sum() / totals[cells].prod(0).clip(1)
+    ppmi = np.log(ratio.clip(1)).astype(np.float32)
+    if not ppmi.any():
         return  # no pair is more frequent than by chance
-    with torch.no_grad():
-        vectors *= embeddings.std() / vectors[has_pairs].std()
-        embeddings[has_pairs, : vectors.shape[1]] = vectors[has_pairs]
-
-
-def init_bag_of_words(bert):
-    """Add identities to the attention and the pooler of a new BERT: [CLS] starts as an average of the tokens.
-
-    Without them it also attends to all tokens about equally, but its random matrices pass on almost nothing.
-    """
-    attentions = [layer.attention for layer in bert.encoder.layer]
-    linears = [linear for attn in attentions for linear in (attn.self.value, attn.output.dense)]
-    with torch.no_grad():
-        for linear in (*linears, bert.pooler.dense):
-            linear.weight += torch.eye(len(linear.weight))
-
-
-def main():
-    """Print the tensors of the training file."""
-    dataset = MultiClsDataSet("./data/train.json")
-    print(dataset.input_ids, dataset.token_type_ids, dataset.attention_mask, dataset.labels, sep="\n")
+    matrix = torch.sparse_coo_tensor(cells, ppmi, (size, size), check_invariants=True)
+    vectors, values, _ = torch.svd_lowrank(matrix, q=min(hidden_size, size), niter=4)
+    vectors, has_pairs = vectors * values.sqrt(), torch.from_numpy(totals > 0)
+    vectors *= embeddings.std() / vectors[has_pairs].std()
+    embeddings[has_pairs, : vectors.shape[1]] = vectors[has_pairs]
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: print(*MultiClsDataSet("./data/train.json")[:], sep="\n"))

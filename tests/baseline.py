@@ -3,7 +3,8 @@
 Its thresholds are tuned on dev as those of the model are: a fair comparison needs both or neither.
 
 reads   ./data/train.json, dev.json, test.json, ./model/ (run `python train.py` first)
-run     python tests/baseline.py    from the repository's root; prints a line for each kind of threshold
+run     python tests/baseline.py    from the repository's root
+prints  a line for each kind of threshold
 """
 
 import json
@@ -19,7 +20,6 @@ from sklearn.svm import LinearSVC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import predict
-import train
 from data_helper import collect_predictions, metrics_report, tune_thresholds
 from data_preprocess import run_script
 
@@ -33,7 +33,7 @@ def read(path):
 
 
 def compare(data_paths):
-    """Return {name: metrics_report on the test file}, of the baseline and the model, with `recommended`."""
+    """Return {name: metrics_report on the test file}, of the baseline and of the model."""
     names, config = predict.get_labels(), predict.get_model()[0].bert.config
     binarizer = MultiLabelBinarizer(classes=names)
     texts, labels = zip(*map(read, data_paths), strict=True)
@@ -42,31 +42,31 @@ def compare(data_paths):
         collect_predictions([(probs, truth)], len(names), torch.nn.BCELoss())
         for probs, truth in zip(svm_probs(texts, labels[0]), labels[1:], strict=True)
     )
-    thresholds = tune_thresholds(dev, names, train.min_label_support, train.tuned_metric())
-    found = {"tfidf_linear_svc": metrics_report(test, names, thresholds) | thresholds}
+    found = {"tfidf_linear_svc": metrics_report(test, names, tune_thresholds(dev, names))}
     probs = torch.from_numpy(predict.predict_proba(texts[2]))
     test = collect_predictions([(probs, labels[2])], len(names), torch.nn.BCELoss())
-    return found | {"this_project": metrics_report(test, names, config.thresholds) | config.thresholds}
+    return found | {"this_project": metrics_report(test, names, config.thresholds)}
 
 
 def svm_probs(texts, labels):
-    """Yield the sigmoid of the margins of dev and of test; texts: of the three files, labels: of training."""
+    """Yield the sigmoid of the margins of dev and of test."""
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3))
-    classifier = OneVsRestClassifier(LinearSVC()).fit(vectorizer.fit_transform(texts[0]), labels.numpy())
+    classifier = OneVsRestClassifier(LinearSVC()).fit(
+        vectorizer.fit_transform(texts[0]), labels.numpy()
+    )
     for held_out in texts[1:]:
         margins = classifier.decision_function(vectorizer.transform(held_out))
         yield torch.from_numpy(margins).float().view(len(held_out), -1).sigmoid()
 
 
 def main():
-    """Print three lines for each, and which thresholds its dev file recommends."""
+    """Print a line for each and each kind of threshold."""
     for name, metrics in compare(data_paths).items():
         for threshold in ("0.5", "single", "by_label"):
-            keys = ("accuracy", "micro_f1", "macro_f1")
-            scores = " ".join(f"{key}={metrics[f'at_{threshold}'][key]:.4f}" for key in keys)
-            recommended = " recommended" * (threshold == metrics["recommended"])
-            print(f"{name} threshold={threshold} {scores}{recommended}")
-        print(f"{name} precision@1={metrics['precision@1']:.4f} map={metrics['mean_average_precision']:.4f}")
+            scores = metrics[f"at_{threshold}"].items()
+            print(name, f"threshold={threshold}", *(f"{key}={value:.4f}" for key, value in scores))
+        ranking = ("precision@1", "mean_average_precision")
+        print(name, *(f"{key}={metrics[key]:.4f}" for key in ranking))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A tiny random BERT and data in a temporary folder, and processes: no test needs a network or a GPU."""
+"""A tiny random BERT and its data in a temporary folder, and processes; no network, no GPU."""
 
 import hashlib
 import json
@@ -12,9 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch: for tiny tensors one thread is fastest; child processes inherit it
-)
+# Before torch: for tiny tensors one thread is fastest; child processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "100"  # lines as long as without a terminal
 
@@ -38,17 +37,10 @@ if sys.platform != "win32":
     fork_server.set_forkserver_preload(["forked"])
 
 TRAIN_CONSTANTS = dict(
-    device="cpu",
-    precision="fp32",
-    epochs=2,
-    min_steps=0,
-    batch_size=4,
-    max_len=16,
-    lr=1e-3,
-    head_lr_factor=5,
-    tensorboard_name="",
+    device="cpu", precision="fp32", epochs=2, batch_size=4, max_len=16, lr=1e-3, head_lr_factor=5
 )
-TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"中超股市今日开赛大涨球门得分基金", "up", "##s", "a"]
+TOKENS = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
+TOKENS += [*"中超股市今日开赛大涨球门得分基金", "up", "##s", "a"]
 EXAMPLES = [
     ("中超开赛", ["体育", "中超"]),
     ("股市大涨", ["财经", "股市"]),
@@ -61,7 +53,8 @@ EXAMPLES = [
 
 def write_jsonl(path, examples):
     """Write (text, labels) pairs in the project's data format; return the path as a string."""
-    lines = (json.dumps({"text": text, "label": labels}, ensure_ascii=False) for text, labels in examples)
+    rows = [{"text": text, "label": labels} for text, labels in examples]
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
 
@@ -87,7 +80,8 @@ def encoder_folder(tmp_path_factory):
         initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
-    BertTokenizer(vocab={token: index for index, token in enumerate(TOKENS)}).save_pretrained(folder)
+    vocab = {token: index for index, token in enumerate(TOKENS)}
+    BertTokenizer(vocab=vocab).save_pretrained(folder)
     return str(folder)
 
 
@@ -106,7 +100,7 @@ def set_constants(monkeypatch, encoder_folder, **constants):
 
 
 def set_up(folder, monkeypatch, encoder_folder):
-    """Make `folder` a working folder with data/ and label2idx.json, and set the scripts' constants for it."""
+    """Make `folder` a working folder with data/ and label2idx.json, and set the constants."""
     monkeypatch.chdir(folder)
     os.mkdir("data")
     for name, times in (("train", 8), ("dev", 1), ("test", 1)):
@@ -117,18 +111,12 @@ def set_up(folder, monkeypatch, encoder_folder):
 
 
 def script(encoder_folder, **constants):
-    """Return Python code that trains as `python train.py` does, with these constants and the tiny encoder."""
-    lines = [
-        f"train.{name} = {value!r}" for name, value in (TRAIN_CONSTANTS | {"epochs": 3} | constants).items()
-    ]
-    return "\n".join(
-        [
-            "import bert_multilabel_cls, train",
-            f"bert_multilabel_cls.pretrained_model = {encoder_folder!r}",
-            *lines,
-            "train.run_script(train.train)",
-        ]
-    )
+    """Return Python code that trains as `python train.py` does, with these constants."""
+    values = TRAIN_CONSTANTS | {"epochs": 3} | constants
+    lines = [f"train.{name} = {value!r}" for name, value in values.items()]
+    lines.insert(0, f"bert_multilabel_cls.pretrained_model = {encoder_folder!r}")
+    lines.insert(0, "import bert_multilabel_cls, train")
+    return "\n".join([*lines, "train.run_script(train.train)"])
 
 
 class Child:
@@ -156,7 +144,8 @@ class Child:
 
     def poll(self):
         """Return the exit code of the first process that ended, None while all run."""
-        return next((process.exitcode for process in self.processes if process.exitcode is not None), None)
+        codes = [process.exitcode for process in self.processes]
+        return next((code for code in codes if code is not None), None)
 
     def send_signal(self, number):
         """Send a signal to all processes, as torchrun passes it on."""
@@ -170,7 +159,7 @@ class Child:
         return "".join(path.read_text(encoding="utf-8") for path in paths if path.exists())
 
     def finish(self, seconds=120):
-        """Wait for the end; return (exit code, stdout, stderr). If one process fails the others are ended."""
+        """Return (exit code, stdout, stderr); if one process fails the others are ended."""
         end = time.monotonic() + seconds
         while any(process.exitcode is None for process in self.processes):
             assert time.monotonic() < end, self.read("out") + self.read("err")

@@ -21,7 +21,9 @@ panels = {
 
 def main():
     """Draw the panels side by side."""
-    events = EventAccumulator(os.path.join(runs_path, max(os.listdir(runs_path))), {"scalars": 0}).Reload()
+    events = EventAccumulator(
+        os.path.join(runs_path, max(os.listdir(runs_path))), {"scalars": 0}
+    ).Reload()
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "curves"})
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.8), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items()):

@@ -1,4 +1,4 @@
-"""Runs a script's code in a process forked from one that has torch loaded: it starts in a tenth of a second.
+"""Runs a script's code in a process forked from one that has torch loaded: it starts in 0.1 s.
 
 Imported by the fork server, so that `import train` in the code costs nothing.
 """
@@ -13,7 +13,7 @@ import train  # noqa: F401
 
 
 def run_code(code, folder, environment, output):
-    """Be `python -c code` in `folder`; stdout and stderr go to the files `output`.out and `output`.err."""
+    """Be `python -c code` in `folder`; stdout and stderr go to `output`.out and `output`.err."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -21,7 +21,8 @@ def run_code(code, folder, environment, output):
         file = os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if pytest runs in a shell's background
+    # It is ignored if pytest runs in a shell's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, "")
     sys.argv = ["-c"]
     try:

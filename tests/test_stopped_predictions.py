@@ -1,236 +1,170 @@
-"""Files whose labelling is killed, stopped or refused: the next run goes on, and the output is the same."""
+"""Files whose labelling is killed, stopped or refused: the next run ends with the same output."""
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-import bert_multilabel_cls
-from conftest import contents, finish, start
+import predict
+from conftest import finish, start
+from data_preprocess import InputError
 
 if sys.platform == "win32":
     pytest.skip("kills, signals and limits as POSIX has them", allow_module_level=True)
-OUTPUT, UNFINISHED = Path("out/labels.json"), {"labels.json.tmp", "labels.json.progress"}
-LABEL = """
-import os, signal, time
-import predict
-predict.device, predict.precision = "cpu", "fp32"
-predict.input_path, predict.output_path = "in.json", "out/labels.json"
-predict.chunk_size, predict.batch_size, predict.threshold = 10, 1, 0.4
-real = predict.dump_json
-def saved(*arguments):
-    time.sleep({delay})
-    real(*arguments)
-predict.dump_json = saved
-{more}
-predict.run_script(predict.main)
+OUTPUT, PART = Path("out/labels.json"), Path("out/labels.json.part")
+SCORES = "(?m)^(?:scores|label) .*"
+CONSTANTS = {"device": "cpu", "precision": "fp32", "chunk_size": 10, "batch_size": 1}
+CONSTANTS |= {"threshold": 0.4, "input_path": "in.json", "output_path": str(OUTPUT)}
+# A signal at the moment `number` of those at which a file or the network is about to be touched.
+at_moment = """
+import bert_multilabel_cls
+moments = []
+def counted(function):
+    def call(*arguments, **options):
+        moments.append(1)
+        if len(moments) == {number}:
+            os.kill(os.getpid(), {signal})
+        return function(*arguments, **options)
+    return call
+os.fsync, os.replace, os.remove = map(counted, (os.fsync, os.replace, os.remove))
+network = bert_multilabel_cls.BertMultiLabelCls
+network.forward = counted(network.forward)
+""".format
+WAITING = """
+import time
+predict.get_model = lambda: print("begun", flush=True) or time.sleep(60)
 """
 
 
-def label(more="", delay=0):
-    """Return the code that labels in.json, with a pause after each portion."""
-    return LABEL.format(more=more, delay=delay)
+def label(more="", processes=1, **constants):
+    """Start to label in.json."""
+    lines = [f"predict.{name} = {value!r}" for name, value in (CONSTANTS | constants).items()]
+    lines = ["import os, predict", *lines, more, "predict.run_script(predict.main)"]
+    return start("\n".join(lines), processes)
+
+
+@pytest.fixture(scope="module")
+def whole_run(trained_model_folder, tmp_path_factory):
+    """Label 115 texts without a stop; return the input, the output and what is printed."""
+    chance, folder = random.Random(0), tmp_path_factory.mktemp("whole")
+    texts = ["".join(chance.choices("中超股市今日开赛大涨", k=n % 13)) for n in range(115)]
+    rows = [{"text": text, "id": n, "label": ["体育"][: n % 3]} for n, text in enumerate(texts)]
+    shutil.copytree(trained_model_folder, folder / "model")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        Path("in.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        code, out, err = finish(label())
+        assert code == 0 and {*os.listdir("out")} <= {"labels.json", "labels.json.lock"}, err
+        return Path("in.json").read_bytes(), OUTPUT.read_bytes(), re.findall(SCORES, out)
 
 
 @pytest.fixture
-def reference(trained):
-    """Write 120 texts with labels; return the output and the printed scores of a run that is not stopped."""
-    chance = random.Random(0)
-    texts = ["".join(chance.choices("中超股市今日开赛大涨", k=chance.randint(0, 12))) for _ in range(120)]
-    rows = [{"text": text, "id": n, "label": ["体育"][: n % 3]} for n, text in enumerate(texts)]
-    Path("in.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    code, out, err = finish(start(label()))
-    assert code == 0, err
-    assert os.listdir("out") == ["labels.json"]
-    labelled = OUTPUT.read_bytes()
-    OUTPUT.unlink()
-    return labelled, scores(out)
+def reference(trained, whole_run):
+    """Write the texts into a folder with the model; return the output and the scores."""
+    Path("in.json").write_bytes(whole_run[0])
+    return whole_run[1:]
 
 
-def scores(out):
-    return [line for line in out.splitlines() if line.startswith(("scores ", "label "))]
-
-
-def assert_ends_as(reference, code=None, processes=1):
-    exit_code, out, err = finish(start(code or label(), processes))
-    assert exit_code == 0, out + err
-    assert (OUTPUT.read_bytes(), scores(out)) == reference
-    assert os.listdir("out") == ["labels.json"]
+def assert_ends_as(reference):
+    code, out, err = finish(label())
+    assert code == 0, out + err
+    assert (OUTPUT.read_bytes(), re.findall(SCORES, out)) == reference and not PART.exists()
     return out
 
 
-def wait_for_portions(child, number):
-    """Wait until so many portions more are on disk, or the end."""
-    seen = set()
-    while len(seen) <= number and child.poll() is None:
-        with suppress(FileNotFoundError):
-            seen.add(os.stat("out/labels.json.progress").st_mtime_ns)
-        time.sleep(0.002)
-
-
-def stop_in_the_middle(number=signal.SIGKILL, processes=1):
-    """Label with a signal after the first portions; return (exit code, stdout, stderr)."""
-    child = start(label(delay=0.02), processes)
-    wait_for_portions(child, 1)
-    child.send_signal(number)
-    return finish(child)
-
-
-@pytest.mark.parametrize("processes, kills", [(1, 20), (2, 4)])
-def test_a_file_killed_again_and_again_ends_as_if_it_had_not_been(reference, processes, kills):
+def test_a_file_killed_again_and_again_ends_as_if_it_had_not_been(reference):
+    """Also where the last write is cut anywhere, or a power cut makes zeros of its end."""
     chance, done = random.Random(1), set()
-    while kills:
-        child, portions = start(label(delay=0.01), processes), chance.randrange(6)
-        if portions:
-            wait_for_portions(child, portions)
-        time.sleep(chance.uniform(0, 0.02 if portions else 0.5))  # a portion, or the start
-        child.send_signal(signal.SIGKILL)
-        exit_code, out, err = finish(child)
-        if exit_code == 0:
-            assert (OUTPUT.read_bytes(), scores(out)) == reference
-            OUTPUT.unlink()
-            continue
-        assert exit_code in (-signal.SIGKILL, 1), err  # 1: the other process was killed first
-        if OUTPUT.exists():  # killed in its last steps
+    for _ in range(14):
+        code, out, err = finish(label(at_moment(number=chance.randint(1, 20), signal=9)))
+        if OUTPUT.exists():  # at the end, or killed in its last steps
             assert OUTPUT.read_bytes() == reference[0]
             OUTPUT.unlink()
-        if os.path.exists("out/labels.json.progress"):
-            done.add(json.loads(Path("out/labels.json.progress").read_text())["texts"])
-        kills -= 1
-    assert_ends_as(reference, processes=processes)
+        assert code in (0, -9), err
+        if PART.exists():
+            done.add(PART.read_bytes().count(b"\n"))
+            kept = max(0, PART.stat().st_size - chance.randint(0, 300))
+            PART.write_bytes(PART.read_bytes()[:kept] + bytes(chance.choice([0, 100])))
+    assert_ends_as(reference)
     assert len(done) > 1
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_ends_it_at_the_next_portion_and_says_how_to_go_on(reference, number, code, processes):
-    exit_code, out, err = stop_in_the_middle(number, processes)
-    assert (exit_code, err) == (code, "")
-    done = re.fullmatch(r"stopped  run the same command again to resume; texts=(\d+)", out.splitlines()[-1])
-    assert 0 < int(done[1]) < 120 and set(os.listdir("out")) == UNFINISHED
-    out = assert_ends_as(reference, processes=processes)
-    assert re.search(rf"^resume   from out/labels.json.tmp texts={done[1]}$", out, re.MULTILINE)
-
-
-def another_model():
-    model, *rest = bert_multilabel_cls.load_model("./model")
-    model.bert.pooler.dense.bias.data += 1e-3
-    bert_multilabel_cls.save_model(model, *rest, "./model")
-
-
-def other_names():
-    model, tokenizer, label2idx = bert_multilabel_cls.load_model("./model")
-    renamed = {f"{label}类": idx for label, idx in label2idx.items()}
-    bert_multilabel_cls.save_model(model, tokenizer, renamed, "./model")
-    Path("in.json").write_text(Path("in.json").read_text().replace("\\u80b2", "\\u80b2\\u7c7b"))
-
-
-def another_text():
-    Path("in.json").write_text(Path("in.json").read_text().replace('"id": 119', '"id": 911'))
-
-
-def nothing():
-    pass
-
-
 @pytest.mark.parametrize(
-    "change, constants, named",
+    "more, code, said",
     [
-        (another_model, "", "the model"),
-        (another_text, "", "the content of in.json"),
-        (nothing, "predict.threshold = 0.6", "threshold, the model"),
+        (at_moment(number=20, signal=15), 143, ""),
+        (at_moment(number=20, signal=2), 130, ""),
         (
-            nothing,
-            "predict.max_labels = 1; predict.all_probabilities = True",
-            "max_labels, all_probabilities",
+            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000,) * 2)",
+            1,
+            "error: .*\n",
         ),
-        (nothing, "predict.data_preprocess.label_separator = '/'", "label_separator"),
-        (nothing, "predict.data_preprocess.label_columns = ['tags']", "label_columns"),
-        (other_names, "", "the model, the content of in.json"),
     ],
 )
-def test_what_would_mix_two_outputs_is_refused_or_starts_over(reference, change, constants, named):
-    stop_in_the_middle()
-    before = Path("out/labels.json.progress").read_bytes()
-    change()
-    code, out, err = finish(start(label(constants)))
-    assert code == 1 and err.count("\n") == 1 and f"cannot resume, changed: {named}; undo it" in err
-    assert "delete " in err and "out/labels.json.progress or set resume = False in predict.py" in err
-    assert Path("out/labels.json.progress").read_bytes() == before  # nothing is lost by it
-    code, out, err = finish(start(label(f"{constants}\npredict.resume = False")))
-    assert code == 0 and "resume " not in out, err
-    assert os.listdir("out") == ["labels.json"] and OUTPUT.read_bytes().count(b"\n") == 120
-
-
-def test_a_file_of_one_portion_is_ended_by_a_signal_at_once(reference):
-    slow = "predict.chunk_size = 500\n"
-    slow += "predict.iter_probs = lambda *arguments: [print('begun', flush=True), time.sleep(60)]"
-    child = start(label(slow))
-    while "begun" not in child.read("out"):
-        assert child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
-    assert finish(child, 20)[0] == 143
-    assert os.listdir("out") == []
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_the_batches_and_the_processes_may_change(reference, processes):
-    stop_in_the_middle()
-    code, out, err = finish(start(label("predict.batch_size, predict.chunk_size = 3, 7"), processes))
-    assert code == 0 and "\nresume " in out, err
-    rows, expected = (
-        list(map(json.loads, output.splitlines())) for output in (OUTPUT.read_bytes(), reference[0])
-    )
-    assert [row["id"] for row in rows] == list(range(120))
-    assert [row["label"] for row in rows] == [row["label"] for row in expected]
-
-
-@pytest.mark.parametrize("limit", [3000, 8000])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(reference, limit):
-    """By a limit on the size of a file, which the output exceeds."""
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    code, out, err = finish(start(label(limited)))
-    assert code == 1 and re.match(r"error: out/labels.json.*cannot be written", err) and err.count("\n") == 1
-    assert not OUTPUT.exists()
-    assert "\nresume " in assert_ends_as(reference)
-
-
-def change(name, value):
-    """Return a function that changes a value of the progress."""
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+def test_a_signal_or_a_full_disk_ends_it_and_the_next_run_goes_on(reference, more, code, said):
+    exit_code, out, err = finish(label(more))
+    assert exit_code == code and re.fullmatch(said, err) and not OUTPUT.exists()
+    done = PART.read_bytes().count(b"}\n") // 10 * 10  # whole portions
+    assert 0 < done < 115
+    assert re.search(rf"(?m)^resume .*texts={done}$", assert_ends_as(reference))
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "more, constants, named",
     [
-        lambda path: path.write_bytes(path.read_bytes()[:30]),
-        lambda path: path.write_text("{}"),
-        lambda path: path.write_text("[1]"),
-        lambda path: path.write_text(json.dumps({"config": json.loads(path.read_text())["config"]})),
-        lambda path: os.truncate("out/labels.json.tmp", 10),
-        change("config", []),
-        *(change(name, value) for name in ("texts", "bytes") for value in (0, -4, 4.0, "4", None, 10**20)),
-        *(change("counts", value) for value in ([[1], [2]], [[1]] * 5, [[0.5] * 4] * 5, "five", 10**30)),
+        ("", {"input_path": "in2.json"}, "input"),  # of the same size and time, as from an archive
+        ("", {"max_labels": 1, "threshold": 0.6}, "max_labels.*threshold"),
+        ("predict.data_preprocess.label_columns = ['tags']", {}, "label_columns"),
+        ("os.utime('model/config.json')", {}, "model"),
     ],
 )
-def test_progress_that_is_none_is_one_sentence(reference, damage):
-    stop_in_the_middle()
-    damage(Path("out/labels.json.progress"))
-    before = contents("out")
-    code, out, err = finish(start(label()))
-    assert code == 1 and err.count("\n") == 1 and contents("out") == before
-    assert "not the progress of " in err and "to start over, delete" in err
+def test_what_would_mix_two_outputs_is_refused_by_name(reference, more, constants, named):
+    finish(label(at_moment(number=20, signal=9)))
+    shutil.copy2("in.json", "in2.json")
+    before = PART.read_bytes()
+    code, out, err = finish(label(more, **constants))
+    assert code == 1 and re.fullmatch(f"error: .*labels.json.part.*{named}.*\n", err)
+    assert PART.read_bytes() == before  # nothing is lost by it
 
 
-def test_progress_without_its_output_starts_over(reference):
-    stop_in_the_middle()
-    os.remove("out/labels.json.tmp")
-    assert "resume " not in assert_ends_as(reference)
+def test_the_second_prediction_into_one_output_is_refused_at_once(reference, monkeypatch):
+    """In another process and in this one, until the first is killed."""
+    first, end = label(WAITING), time.monotonic() + 60
+    while "begun" not in first.read("out"):
+        assert first.poll() is None and time.monotonic() < end, first.read("err")
+        time.sleep(0.01)
+    code, _, err = finish(label(output_path="out/../out/labels.json"), 60)
+    assert code == 1 and re.fullmatch("error: another process .*\n", err)
+    for name, value in CONSTANTS.items():
+        monkeypatch.setattr(predict, name, value)
+    with pytest.raises(InputError, match="another process"):
+        predict.predict_file()
+    first.send_signal(signal.SIGKILL)
+    assert finish(first)[0] == -signal.SIGKILL
+    assert_ends_as(reference)
+
+
+def test_the_batches_and_the_processes_may_change(reference):
+    finish(label(at_moment(number=20, signal=9)))
+    code, out, err = finish(label(processes=3, batch_size=3))
+    assert code == 0 and "\nresume " in out, err
+    rows, expected = (output.splitlines() for output in (OUTPUT.read_bytes(), reference[0]))
+    assert [json.loads(row)["label"] for row in rows] == [
+        json.loads(row)["label"] for row in expected
+    ]
+
+
+@pytest.mark.parametrize("content", ["of somebody\n", '{"a": 1}\n'])
+def test_a_file_that_is_no_progress_is_refused_and_left(reference, content):
+    PART.parent.mkdir()
+    PART.write_text(content)
+    code, _, err = finish(label())
+    assert code == 1 and re.fullmatch("error: .*labels.json.part.*\n", err)
+    assert PART.read_text() == content and not OUTPUT.exists()

@@ -1,375 +1,402 @@
-"""Tables: one file becomes three, the data is looked at, and a table is labelled."""
+"""Tables as people have them: what is read, what is refused, and how one becomes three files."""
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
 import os
 import random
 import re
-import shutil
-import subprocess
-import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data_preprocess
-import predict
-import train
-from conftest import write_jsonl
-from data_preprocess import InputError
+from conftest import contents, write_jsonl
+from data_preprocess import InputError, read_examples
+
+FILES = [f"./data/{name}.json" for name in ("train", "dev", "test")]
 
 
-def write_table(path, rows, delimiter=",", encoding="utf-8"):
-    with open(path, "w", encoding=encoding, newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows(rows)
-    return str(path)
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """A function that reads a file of this content; it returns [(text, labels, others)]."""
+    monkeypatch.chdir(tmp_path)
+
+    def read_file(content, name="t.csv", **constants):
+        for key, value in constants.items():
+            monkeypatch.setattr(data_preprocess, key, value)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return [tuple(rest) for _, *rest in read_examples(name)]
+
+    return read_file
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A function that splits a table with these constants; it returns the examples of the three files."""
+    """A function that splits rows, by default of (text, label); it returns the three files."""
     monkeypatch.chdir(tmp_path)
 
-    def split(path="table.csv", **constants):
-        for name, value in {"table_path": str(path), **constants}.items():
+    def split(rows, header=("text", "label"), **constants):
+        if rows is not None:
+            write_table("t.csv", [header, *rows])
+        for name, value in {"table_path": "t.csv", **constants}.items():
             monkeypatch.setattr(data_preprocess, name, value)
         data_preprocess.main()
-        return [read(f"data/{name}.json") for name in ("train", "dev", "test")]
+        return [[json.loads(line) for line in open(path, encoding="utf-8")] for path in FILES]
 
     return split
 
 
-def read(path):
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    return [(row["text"], row["label"]) for row in rows]
+def write_table(path, rows, delimiter=","):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+
+
+def texts_of(files):
+    return [[row["text"] for row in file] for file in files]
 
 
 def examples(count, labels=("a", "b", "c"), seed=0):
     chance = random.Random(seed)
-    return [[f"text {n}", ";".join(chance.sample(labels, chance.choice([1, 2])))] for n in range(count)]
+    samples = [";".join(chance.sample(labels, chance.choice([1, 2]))) for _ in range(count)]
+    return [[f"text {n}", cell] for n, cell in enumerate(samples)]
 
 
-@pytest.mark.parametrize("name, delimiter", [("t.csv", ","), ("t.CSV", ";"), ("t.tsv", "\t"), ("t.txt", ",")])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_table_becomes_three_files(table, name, delimiter, encoding):
-    odd = ['第一行\n第二行, "引号"; \t制表', "a; b;"]
-    rows = [["text", "label"], odd, *examples(99)]
-    files = table(write_table(name, rows, delimiter, encoding))
-    assert [len(file) for file in files] == pytest.approx([80, 10, 10], abs=4)
-    expected = [(text, [label.strip() for label in labels.split(";") if label]) for text, labels in rows[1:]]
-    assert sorted(sum(files, [])) == sorted(expected)
+def printed(capsys, event):
+    lines = capsys.readouterr().out.splitlines()
+    return " ".join(line[9:] for line in lines if line.startswith(f"{event} "))
 
 
-def test_columns_of_0_and_1_are_labels_by_their_names(table):
-    rows = [["id", "comment", "toxic", "insult"]]
-    rows += [[n, f"text {n}", ("0", "1", "1.0", "False")[n % 4], n // 2 % 2] for n in range(40)]
-    write_table("table.csv", rows)
-    files = table(text_column="comment", label_columns=["toxic", "insult"])
-    expected = {f"text {n}": ["toxic"] * (n % 4 in (1, 2)) + ["insult"] * (n // 2 % 2) for n in range(40)}
-    assert dict(sum(files, [])) == expected
+ONE = [("a", ["b"])]
+READ_AS_ONE = [
+    "text;label\na;b\n", "text\tlabel\na\tb\n", "text|label\na|b\n", "\ufeff\ufefftext,label\na,b",
+    "text,label,,,\na,b,,,\n", "text,label\na,b,, \n", "\n\ntext,label\n\na,b\n,\n\n",
+    "text,label\r\r\na,b\r\r\n", ' text , label \n"a",b\n', "\ufeffsep=;\n\ufefftext;label\na;b\n",
+    '"sep=;"\r\ntext;label\r\na;b\r\n', "text,label\na, b ;; b\n", "text,label\na,['b']\n",
+]  # fmt: skip
+READ = [  # (content, [(text, labels)])
+    ("text;label\na, b, c;p\n", [("a, b, c", ["p"])]),
+    ('text,label\n"a, ""b"", c",p\nd 5" e,q\n', [('a, "b", c', ["p"]), ('d 5" e', ["q"])]),
+    ('text,label\n"a\nb",p\n"a\r\n\r\nb",q\n', [("a\nb", ["p"]), ("a\r\n\r\nb", ["q"])]),
+    ("text,label\na, q ; p ;; q \nb,\n", [("a", ["q", "p"]), ("b", [])]),
+    ("text,label\na,3\nb,0;12\n", [("a", ["3"]), ("b", ["0", "12"])]),
+    ("text,label\na,[BUG];[UI]\nb,[UI]\n", [("a", ["[BUG]", "[UI]"]), ("b", ["[UI]"])]),
+    ('text,label\na,"[""p\'s"", \'q\']"\nb,[]\n', [("a", ["p's", "q"]), ("b", [])]),
+    ("text,label\na,x\nb,y\n", [("a", ["x"]), ("b", ["y"])]),
+    ("text,label\n" + "a" * 10**6 + ",b\n", [("a" * 10**6, ["b"])]),
+    ('text,label\n"a, b", "p;q"\n', [("a, b", ["p", "q"])]),
+    (",text,label\n0,a,b\n\ufeff,text,label\n1,c,d\n", [*ONE, ("c", ["d"])]),
+]
 
 
-@pytest.mark.parametrize("cell", ["['a', 'b']", '["a", "b"]', " ['b' , 'a' , ''] ", "a ;b;a", "[a];b"])
-def test_a_cell_that_is_a_list_gives_its_labels(table, cell):
-    files = table(write_table("t.csv", [["text ", " label"], *([f"text {n}", cell] for n in range(30))]))
-    expected = {"[a]", "b"} if cell == "[a];b" else {"a", "b"}
-    assert all(set(labels) == expected for part in files for _, labels in part)
+@pytest.mark.parametrize("content, expected", [*((content, ONE) for content in READ_AS_ONE), *READ])
+def test_what_is_odd_but_clear_is_read(read, content, expected):
+    assert [row[:2] for row in read(content)] == expected
 
 
-def test_jsonl_is_split_too(table):
-    pairs = [(text, labels.split(";")) for text, labels in examples(50)]
-    assert sorted(sum(table(write_jsonl("all.jsonl", pairs)), [])) == sorted(pairs)
+@pytest.mark.parametrize("name, delimiter", [("t.csv", ","), ("t.CSV", ";"), ("t.tsv", "\t")])
+def test_a_table_that_python_wrote_is_read(read, name, delimiter):
+    text = '第一行\n第二行, "引号"; \t制表'
+    rows = [["id", "text", "label", "n"], ["7", text, "a; b;", '"'], ["8", "", "a", ""]]
+    write_table(name, rows, delimiter)
+    found = read(Path(name).read_bytes(), name)
+    assert found[0] == (text, ["a", "b"], {"id": "7", "n": '"'})
+    assert found[1] == ("", ["a"], {"id": "8", "n": ""})
+
+
+def test_columns_that_are_not_used_come_along(read):
+    found = read(",label,body,,tags\n0,1,a,,x;y\n", text_column="body", label_columns="tags")
+    assert found == [("a", ["x", "y"], {"column 1": "0", "label": "1", "column 4": ""})]
+
+
+FLAGS = [  # (content, label_columns, labels of each row)
+    ("text,toxic\na,1\nb,0\n", ["toxic"], [["toxic"], []]),
+    ("text,x,y\na,1,\nb,,1\nc,, \n", ["x", "y"], [["x"], ["y"], []]),
+    ("text,x,y\na,TRUE,false\nb,False,true\n", ["x", "y"], [["x"], ["y"]]),
+    ("y,text,x\n1.0,a,1\n0.0,b, 0 \n", ["x", "y"], [["x", "y"], []]),
+    ("text,l1,l2\na,in,out\nb,up,\nc,,in\n", ["l1", "l2"], [["in", "out"], ["up"], ["in"]]),
+    ("text,l1,l2\na,10,101\nb,20,\n", ["l1", "l2"], [["10", "101"], ["20"]]),
+    ("text,team,late\na,web,1\nb,app,0\n", ["team", "late"], [["web", "late"], ["app"]]),
+    ("text,label\na,0\nb,1\nc,2\n", ["label"], [["0"], ["1"], ["2"]]),
+]
+
+
+@pytest.mark.parametrize("content, columns, labels", FLAGS)
+def test_a_column_of_0_and_1_is_a_label_and_others_hold_names(read, content, columns, labels):
+    assert [row[1] for row in read(content, label_columns=columns)] == labels
+
+
+LISTS = ["[0, 1]", "['b' 'c'\n 'd']", "[['b']]", "{'b', 'c'}", "{p,q}", "['p', 'q'", "['p'];['q']"]
+LISTS += ["[{'c': ['p'], 'y': null}]", "{'c': ['p'], 'ok': true}", "['p', nan]", "['p', null]"]
+REFUSED = [  # (content, where, a word of the sentence)
+    ("text,label\na,1\nb,0\nc,-1\n", "t.csv", "'-1'"),
+    ("text,x,y\na,yes,no\nb,no,\n", "t.csv", "x has 'no'"),
+    *((f'text,label\na,p\nb,"{cell}"\n', "t.csv:3", "list of names") for cell in LISTS),
+    ("Text,Label\na,b\n", "t.csv", "'Text'"),
+    ("text,text,label\na,b,c\n", "t.csv:1", "'text', 'text'"),
+    ("text,label\na,b\nc\n", "t.csv:3", "1 cells under 2 columns: .* left out"),
+    ("text,label\na, hm,b\n", "t.csv:2", "3 cells under 2 columns"),
+    ("My export of May,\n\ntext,label\na,b\n", "t.csv:3", "2 cells"),
+    ('text,label\n"a,b\nc,d\n', "t.csv:2", "quotes = False"),
+    ('{"text": "a", "label": ["b"]}\n', "t.csv:1", ""),
+    ("text,label\n", "t.csv", "no examples"),
+    ("text,label\na,\u200b\n", "t.csv:2", "label"),
+    ("text,x,y\na,1,0\nb,2,0\n", "t.csv", "x has '2'"),
+    ("text,x,y\na,1,-1\nb,0,1\n", "t.csv", "y has '-1'"),
+    ("text,x,y\na,0.7,0.0\nb,1.0,1.0\n", "t.csv", "'0.7'"),
+    ("text,x,y\na,TRUE,FALSE\nb,FALSE,WAHR\n", "t.csv", "wahr"),
+]
+
+
+@pytest.mark.parametrize("content, where, word", REFUSED)
+def test_what_is_not_clear_is_refused_by_its_line(read, content, where, word):
+    columns = ["x", "y"] if content.startswith("text,x") else ["label"]
+    with pytest.raises(InputError, match=f"^{where}: .*{word}") as caught:
+        read(content, label_columns=columns)
+    assert "\n" not in str(caught.value)
+
+
+WRONG = [{"text_column": "content"}, {"label_columns": ["label", "p"]}, {"label_columns": ["text"]}]
+
+
+@pytest.mark.parametrize("constants", [*WRONG, {"label_separator": ""}, {"quotes": "no"}])
+def test_constants_that_cannot_be_are_refused(read, constants):
+    with pytest.raises(InputError, match=[*constants][0]):
+        read("text,label\na,b\n", **constants)
+
+
+def stray(cells, delimiter=","):
+    """Return a table where a quote opens in row 10 and closes in row 40; cells: of these two."""
+    header, plain = ["text", "label", "n"][: len(cells[0])], ["text", "a", "1"][: len(cells[0])]
+    rows = [header, *[plain] * 9, cells[0], *[plain] * 29, cells[1], *[plain] * 20]
+    return "".join(delimiter.join(row) + "\n" for row in rows)
+
+
+PAIRS = [(['"Best', "a"], ['bye"', "b"]), (["Best", '"a'], ["bye", 'b"'])]
+PAIRS += [(["Best", '"a'], ['bye"', "b"]), (["x", "a", '"1'], ["y", "b", '2"'])]
+STRAY = [(name, stray(pair, d)) for pair in PAIRS for name, d in (("t.csv", ";"), ("t.tsv", "\t"))]
+STRAY.append(("t.csv", stray(PAIRS[0])))
+LATER = [stray(PAIRS[0]).replace("\n", "\n\n"), 'text,label,"note\na,b,c\nd,e,f"\ng,h,i\n']
+
+
+@pytest.mark.parametrize("name, content", [*STRAY, *(("t.csv", content) for content in LATER)])
+def test_rows_between_two_stray_quotes_are_not_swallowed(read, name, content):
+    with pytest.raises(InputError, match=rf"^{name}:\d+: .*quotes"):
+        read(content, name)
+    if content not in LATER:
+        found = [text for text, *_ in read(content, name, quotes=False)]
+        assert found == [re.split("[;,\t]", line)[0] for line in content.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("text", ["Dear A,\nthanks, bye,\nB", "a, b\n\nc, d", "a\r\n1,2\r\n"])
+def test_a_cell_that_may_be_several_rows_is_taken_if_quotes_is_true(read, text):
+    content = f'text,label\n"{text}",p\n'
+    with pytest.raises(InputError, match="t.csv:2: .* lines .*quotes = True"):
+        read(content)
+    assert read(content, quotes=True) == [(text, ["p"], {})]
+
+
+cells = st.text('ab, "', min_size=1, max_size=6).map(lambda cell: f"{cell}e")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(cells, min_size=3, max_size=3), min_size=1, max_size=6))
+def test_lines_of_any_quotes_give_their_rows_or_are_refused(read, rows):
+    lines = "".join("\t".join(row) + "\n" for row in [["id", "text", "label"], *rows])
+    plain = read(lines, "t.tsv", quotes=False, label_separator="\n")
+    stripped = [[cell.lstrip(" ") for cell in row] for row in rows]
+    assert [[other["id"], text, *labels] for text, labels, other in plain] == stripped
+    try:
+        assert len(read(lines, "t.tsv", quotes="auto")) == len(rows)
+    except InputError as error:
+        assert "quotes" in str(error)
+
+
+def test_a_txt_has_a_text_a_line_whatever_it_begins_with(read):
+    content = '\ufeffone, text, two\r\n[x]\n{\n\n"a\nb"\n\ufeff a \t\n{"text": "a"}'
+    texts = ["one, text, two", "[x]", "{", "", '"a', 'b"', " a \t", '{"text": "a"}']
+    assert read(content, "t.TXT") == [(text, None, {}) for text in texts]
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.jsonl", "t.data"])
+def test_all_else_is_json_lines(read, name):
+    content = '\ufeff{"text": "a\u2028", "id": 3, "label": ["x"], "more": {"n": null}}\r\n\n'
+    assert read(content, name) == [("a\u2028", ["x"], {"id": 3, "more": {"n": None}})]
+    with pytest.raises(InputError, match=f"{name}:1: .*JSON"):
+        read("text,label\na,b\n", name)
+
+
+NOT_UTF8 = [("£5 – ’tis".encode("cp1252"), "£5 – ’tis"), ("今日股市".encode("gbk"), "GB18030")]
+NOT_UTF8 += [("a,b".encode("utf-16"), "UTF-8"), (b"PK\3\4\x14\0\6\0", "unpack")]
+
+
+@pytest.mark.parametrize("content, word", NOT_UTF8)
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.json", "t.xlsx"])
+def test_what_is_no_text_in_utf_8_is_refused_with_a_remedy(read, name, content, word):
+    with pytest.raises(InputError, match=rf"^{name}:1: .*{word}.*$"):
+        read(content, name)
+
+
+def test_a_table_becomes_three_files_in_the_shares_of_the_rows(table, capsys):
+    rows = examples(100)
+    files = table(rows)
+    assert [len(file) for file in files] == pytest.approx([80, 10, 10], abs=3)
+    found = [(row["text"], ";".join(row["label"])) for row in sum(files, [])]
+    assert sorted(found) == sorted(map(tuple, rows))
+    assert printed(capsys, "split").endswith("texts_kept=0 texts_new=100")
+
+
+def test_other_columns_and_keys_are_kept(table):
+    labels = [["toxic"] * (n % 2) + ["rude"] * (n % 3 == 0) for n in range(40)]
+    rows = [{"text": f"t {n}", "label": x, "id": f"{n}"} for n, x in enumerate(labels)]
+    cells = [[f"{n}", f"t {n}", n % 2, n % 3 == 0] for n in range(40)]
+    files = table(cells, ["id", "text", "toxic", "rude"], label_columns=["toxic", "rude"])
+    assert sorted(sum(files, []), key=lambda row: int(row["id"])) == rows
+    rows = [{**row, "more": {"n": [row["id"]]}} for row in rows]
+    Path("all.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = table(None, table_path="all.jsonl")
+    assert sorted(sum(files, []), key=lambda row: int(row["id"])) == rows
+
+
+def test_rows_of_one_text_become_one_example(table, capsys):
+    rows = [[f"ticket  {n} ", "billing"] for n in range(50)]
+    rows += [[f"ticket {n}", "refund"] for n in range(20)]
+    rows += [["ticket 3", "a;billing"], ["ticket 4", ""], ["", "a"], [" \u3000", "b"]]
+    files = table([[n, *row] for n, row in enumerate(rows)], ["id", "text", "label"])
+    found = {" ".join(row["text"].split()): (row["id"], row["label"]) for row in sum(files, [])}
+    assert len(sum(files, [])) == len(found) == 50
+    assert found["ticket 3"] == ("3", ["billing", "refund", "a"])
+    assert found["ticket 30"] == ("30", ["billing"])
+    assert "left_out_without_text=2 joined_by_equal_text=42" in printed(capsys, "note")
 
 
 def test_every_label_with_three_texts_is_in_all_files_in_its_share(table):
-    """A long tail of 60 labels, three to a text."""
-    names = [f"label {n}" for n in range(60)]
-    chance = random.Random(1)
+    names, chance = [f"label {n}" for n in range(60)], random.Random(1)
     weights = [1 / (n + 1) for n in range(60)]
-    rows = [[f"text {n}", ";".join({*chance.choices(names, weights, k=3)})] for n in range(2000)]
-    write_table("table.csv", [["text", "label"], *rows])
-    files = [Counter(label for _, labels in file for label in labels) for file in table()]
+    rows = [[f"t {n}", ";".join({*chance.choices(names, weights, k=3)})] for n in range(2000)]
+    files = [Counter(label for row in file for label in row["label"]) for file in table(rows)]
     total = sum(files, Counter())
-    assert all(file[label] > 0 for file in files for label, count in total.items() if count >= 3)
+    assert all(file[x] > 0 for file in files for x, count in total.items() if count >= 3)
     for file, share in zip(files, data_preprocess.split):
-        assert all(abs(file[label] - share * total[label]) <= 2 + 0.04 * total[label] for label in total)
+        assert all(abs(file[x] - share * total[x]) <= 2 + 0.04 * total[x] for x in total)
 
 
-def test_a_label_of_one_or_two_texts_is_in_training(table):
-    write_table(
-        "table.csv", [["text", "label"], *examples(60), ["x", "once"], ["y", "twice"], ["z", "twice"]]
-    )
-    training = {label for _, labels in table()[0] for label in labels}
-    assert {"once", "twice"} <= training
+@pytest.mark.parametrize("seed", range(2))
+def test_a_label_of_one_or_two_texts_is_in_training(table, seed):
+    rare = [["x", "once"], ["y", "twice;a"], ["z", "twice;b;other"], *[["y2", "again"]] * 6]
+    rows = [*examples(60, seed=seed), *rare]
+    files = table(rows)
+    assert {"once", "twice", "other", "again"} <= {x for row in files[0] for x in row["label"]}
+    rows = [[t, f"{x};new" if t == files[1][0]["text"] else x] for t, x in rows]
+    assert any("new" in row["label"] for row in table(rows)[0])  # on an old text of dev
 
 
-def test_equal_texts_are_in_one_file(table):
-    rows = [[f"text  {n % 40}" if n < 40 else f"text {n % 40} ", "a;b"[n % 3 :: 2]] for n in range(80)]
-    write_table("table.csv", [["text", "label"], *rows])
-    texts = [{" ".join(text.split()) for text, _ in file} for file in table()]
-    assert not texts[0] & texts[1] and not texts[1] & texts[2] and not texts[0] & texts[2]
+def test_shares_count_rows_where_texts_repeat(table):
+    chance = random.Random(2)
+    rows = [["same", "a"]] * 400 + [["hello", "b"]] * 60 + [["bye", "a;b"]] * 60
+    rows += [[f"t {n}", chance.choice("abc")] for n in range(1480)]
+    chance.shuffle(rows)
+    files = table(rows, split=(0.7, 0.2, 0.1))
+    assert [len(file) for file in files] == pytest.approx([1400, 400, 200], abs=40)
+    texts = [{*part} for part in texts_of(files)]
+    assert sum(map(len, texts)) == len(texts[0] | texts[1] | texts[2])
+
+
+PLAIN = "text,label\n" + "".join(f"{text},{cell}\n" for text, cell in examples(30))
+COLUMNS = {"text_column": "body", "label_columns": ["tags"]}
+UNSPLIT = [  # (content, constants, words of the sentence)
+    *((PLAIN, {"split": x}, "split = ") for x in ((0.8, 0.2), (1, 0, 0), (0.8, 0.1, 0.2))),
+    ("text,label\na,b\na,c\nd,b\n", {}, "t.csv: 2 different texts are too few"),
+    ("body,tags,label\na,b,c\n" * 9, COLUMNS, "t.csv: .*'label'"),
+    ("body,tags,text\na,b,c\n" * 9, COLUMNS, "t.csv: .*'text'"),
+    (stray(PAIRS[0]), {}, "t.csv:11: 31 lines .*quotes = "),
+]
+
+
+@pytest.mark.parametrize("content, constants, words", UNSPLIT)
+def test_what_cannot_be_split_is_refused_and_nothing_is_written(table, content, constants, words):
+    Path("t.csv").write_text(content)
+    with pytest.raises(InputError, match=f"^{words}"):
+        table(None, **constants)
+    assert not any(map(os.path.exists, (*FILES, "data/label2idx.json")))
 
 
 def test_the_split_is_the_same_again_and_in_another_order(table):
     rows = examples(100)
-    write_table("table.csv", [["text", "label"], *rows])
-    first = table()
-    assert table() == first  # over its own files
-    write_table("table.csv", [["text", "label"], *reversed(rows)])
-    assert [sorted(file) for file in table()] == [sorted(file) for file in first]
+    first = table(rows)
+    assert table(None) == first  # over its own files
+    for path in (*FILES, "data/split.json"):
+        os.remove(path)
+    again = table(reversed(rows))
+    assert [sorted(part) for part in texts_of(again)] == [sorted(part) for part in texts_of(first)]
 
 
-def test_files_that_it_did_not_write_stay(table):
+def test_texts_stay_in_their_file_when_the_table_grows(table, capsys):
+    rows = [[f"a  {text}", cell] for text, cell in examples(900, [f"l {n}" for n in range(12)])]
+    first = texts_of(table(rows[:600]))
+    random.Random(0).shuffle(rows)
+    capsys.readouterr()
+    second = texts_of(table(rows))
+    assert all({*old} <= {*new} for old, new in zip(first, second))
+    assert [len(part) for part in second] == pytest.approx([720, 90, 90], abs=6)
+    assert printed(capsys, "split").endswith("texts_kept=600 texts_new=300")
+    third = texts_of(table([[f" {text}  ", "a;b;c"] for text, _ in rows[:450]]))  # other spaces
+    for part, old in zip(third, second):
+        assert {text.strip() for text in part} <= {*old}
+
+
+def test_files_that_it_did_not_write_or_that_were_edited_stay(table):
     os.mkdir("data")
-    write_jsonl("data/dev.json", [("mine", ["a"])])
-    write_table("table.csv", [["text", "label"], *examples(50)])
-    with pytest.raises(InputError, match="^./data/dev.json: would be replaced, .* move them"):
-        table()
-    assert read("data/dev.json") == [("mine", ["a"])] and os.listdir("data") == ["dev.json"]
-    os.remove("data/dev.json")
-    table()
-    write_jsonl("data/dev.json", [("edited", ["a"])])
-    with pytest.raises(InputError, match="./data/dev.json: would be replaced"):
-        table()
+    for words in ("your own; move them", "would be replaced"):
+        write_jsonl("data/dev.json", [("mine", ["a"])])
+        before = contents("data")
+        with pytest.raises(InputError, match=f"^./data/dev.json: .*{words}"):
+            table(examples(50))
+        assert contents("data") == before
+        os.remove("data/dev.json")
+        table(None)
 
 
-@pytest.mark.parametrize(
-    "content, constants, message",
-    [
-        ("text,label\na,b\n", {"text_column": "content"}, "has no column 'content', .* text, label"),
-        ("text,label\na,b\n", {"label_columns": ["tags"]}, "no column 'tags' but text, label"),
-        ("text,x\na,1\n", {"label_columns": ["x", "y"]}, r":2 \(row 2\): no column 'y' among text, x"),
-        ("text,label\na,b\n", {"label_columns": "tags"}, "no column 'tags' but text, label"),
-        ("text,text\na,b\n", {}, "columns of the same name, .* text, text; rename"),
-        ('text,label\na,"[0, 1]"\n', {}, r":2 \(row 2\): the labels are '\[0, 1\]'; write their names with"),
-        ("text,label\na,['b' 'c']\n", {}, r":2 \(row 2\): the labels are .* with ';' between"),
-        ('text,label\na,"[[""b""]]"\n', {}, r":2 \(row 2\): the labels are"),
-        ("text,label\ra,b\rc,d\r", {}, r"its lines end in CR alone; to convert: tr '\\r' '\\n'"),
-        ('text,label\n"a\nb",c\n ,d\n', {}, r":4 \(row 3\): the text is empty"),
-        ("text,label\na,b\nc\n", {}, r":3 \(row 3\): 1 cells under 2 columns"),
-        ("text,label\na,b,c\n", {}, r":2 \(row 2\): 3 cells under 2 columns; .* quotes"),
-        ('text,label\na,b\n"c,d\ne,f\n', {}, r":3 \(row 3\): unexpected end of data"),
-        (
-            "text,x,y\na,1,0\nb,2,0\n",
-            {"label_columns": ["x", "y"]},
-            r":3 \(row 3\): x must be 0 or 1, but is '2'",
-        ),
-        ("text,x,y\na,1,\n", {"label_columns": ["x", "y"]}, r":2 \(row 2\): y must be 0 or 1, but is ''"),
-        ("text,label\na,b\n", {}, "1 different texts"),
-        ("", {}, "no examples|has no column"),
-    ],
-)
-def test_a_fault_of_a_table_is_named_with_its_row(table, content, constants, message):
-    Path("table.csv").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=message):
-        table(**constants)
-    assert not os.path.exists("data")
+@pytest.fixture
+def sample(tmp_path):
+    """The texts of data/sample/, as a clone has it, and no data yet."""
+    os.makedirs(tmp_path / "data/sample")
+    texts = [[f"{name} {n}" for n in range(4)] for name in ("train", "dev", "test")]
+    for path, part in zip(FILES, texts):
+        rows = [(text, ["a", "b"][n % 2 :]) for n, text in enumerate(part)]
+        write_jsonl(tmp_path / path.replace("data", "data/sample"), rows)
+    return texts
 
 
-def zipped(name):
-    """Return a .zip file with an empty file of this name, as bytes."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(name, "")
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (gzip.compress(b"text,label", mtime=0), "compressed with gzip; unpack it: gzip -dc"),
-        (gzip.compress(b"text,label", mtime=0)[:-9], "compressed with gzip, and damaged"),
-        (bz2.compress(b"text,label"), "compressed with bzip2; unpack it: bzip2 -dc"),
-        (bz2.compress(b"text,label")[:-9], "compressed with bzip2, and damaged"),
-        (lzma.compress(b"text,label"), "compressed with xz; unpack it: xz -dc"),
-        (lzma.compress(b"text,label")[:20] + b"\xff" * 20, "compressed with xz, and damaged"),
-        (zipped("xl/workbook.xml"), "an .xlsx file; save it in Excel as CSV UTF-8"),
-        (zipped("a.csv"), "a .zip file with a.csv; unpack it"),
-        (b"PK\x03\x04rest", "a damaged .zip or .xlsx file"),
-        (b"\xd0\xcf\x11\xe0rest", "an .xls or .doc file"),
-        ("text,label".encode("utf-16"), "iconv -f UTF-16 "),
-        ("text,label".encode("utf-16-le"), "iconv -f UTF-16LE "),
-        ("text,label".encode("utf-16-be"), "iconv -f UTF-16BE "),
-        ("text,label".encode("utf-32"), "iconv -f UTF-32 "),
-        (b"PAR1\x15\0rest", "a Parquet file"),
-        (bytes(range(256)), "a binary file"),
-        (b'\n[\n{"text": "a"}]', "a JSON array"),
-        ("text,label\n中,a".encode("gbk"), "not UTF-8, probably GBK; .* CSV UTF-8"),
-    ],
-)
-@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.txt", "a"])
-def test_what_cannot_be_read_is_refused_by_name_whatever_it_is_called(
-    trained, monkeypatch, content, name, message
-):
-    Path(name).write_bytes(content)
-    monkeypatch.setattr(predict, "input_path", name)
-    monkeypatch.setattr(predict, "output_path", "out.json")
-    monkeypatch.setattr(train, "dev_path", name)
-    with pytest.raises(InputError, match=message):
-        predict.main()
-    if not message.startswith("not UTF-8"):
-        with pytest.raises(InputError, match=message):
-            train.train()
-    assert not os.path.exists("out.json")
-
-
-@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.txt"])
-def test_a_table_where_jsonl_is_needed_is_called_one(project, monkeypatch, name):
-    write_table(name, [["text", "label"], ["a", "b"]])
-    monkeypatch.setattr(train, "train_path", name)
-    with pytest.raises(InputError, match=f"{name}: a table, where JSONL is needed; set table_path"):
-        train.train()
-
-
-def test_labels_that_training_lacks_are_listed_at_once(project, monkeypatch, capsys):
-    write_jsonl("data/dev.json", [("x", ["体育"]), ("y", ["新", "中超"]), ("z", ["新"])])
-    write_jsonl("data/test.json", [("x", ["体育"]), ("y", ["旧"])])
-    for main in (data_preprocess.main, train.train):
-        with pytest.raises(
-            InputError, match="dev.json:2: the label '新' is not in .* .and 1 more, listed above"
-        ):
-            main()
-        printed = capsys.readouterr().out
-        assert "unknown  新 file=./data/dev.json texts=2 first_line=2\n" in printed
-        assert "unknown  旧 file=./data/test.json texts=1 first_line=2\n" in printed
-
-
-def test_what_is_in_the_data_is_shown(project, monkeypatch, capsys):
-    rows = [(f"t{n}", [f"label {label}" for label in range(15) if n % (label + 1) == 0]) for n in range(30)]
-    write_jsonl("data/train.json", [*rows, ("same  text", ["Label 0", "ｌabel 1", "label\u200b 2"])])
-    write_jsonl("data/dev.json", [("same text ", ["label 0"]), ("t3", ["label 0"])])
-    write_jsonl("data/test.json", [("t3", ["label 1"])])
+def test_the_sample_is_there_until_data_take_its_place(sample, table, capsys):
+    before = contents("data/sample")
+    write_jsonl("data/train.json", [("mine", ["a"])])
     data_preprocess.main()
-    printed = capsys.readouterr().out
-    assert "label    label 0 train=30 dev=2 test=0\n" in printed and "label    … 8 others\n" in printed
-    assert 'note     probably one label, to be spelt alike: "Label 0" (1), "label 0" (32)\n' in printed
-    assert '"label 1" (16), "ｌabel 1" (1)' in printed and '"label 2" (10), "label\\u200b 2" (1)' in printed
-    assert "note     texts that stand in two files: train_dev=2 train_test=1 dev_test=1\n" in printed
+    assert {*os.listdir("data")} == {"sample", "train.json", "label2idx.json"}
+    os.remove("data/train.json")
+    assert texts_of(table(None, table_path="")) == sample
+    assert "data/sample" in (note := printed(capsys, "note")) and "table_path" in note
+    assert texts_of(table(None, table_path="")) == sample
+    assert "data/sample" not in printed(capsys, "note")
+    assert len(sum(table(examples(40)), [])) == 40
+    assert "texts_kept=0 texts_new=40" in printed(capsys, "split")
+    assert contents("data/sample") == before
 
 
-@pytest.mark.parametrize("separator", ["|", "；", "\n", ", ", "、"])
-def test_labels_that_are_probably_several_or_none_are_noted(project, capsys, separator):
-    labels = [f"a{separator}b", f"a{separator}c", "nan", "None", "科技/手机", "科技/电脑"]
-    write_jsonl("data/train.json", [(f"t{label}", [label]) for label in labels])
-    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
-    printed = " ".join(line.removeprefix("note").strip() for line in capsys.readouterr().out.splitlines())
-    shown = data_preprocess.escape(f"a{separator}b, a{separator}c count=2")
-    assert f"probably several labels in one: {shown}" in printed
-    assert "labels that are probably empty cells: None, nan" in printed
+def test_what_was_written_before_a_kill_is_not_taken_for_the_users(table, monkeypatch):
+    rows, real, left = examples(60), os.replace, []
 
+    def killed(source, target):
+        if not left.pop():
+            raise KeyboardInterrupt
+        real(source, target)
 
-def test_texts_that_are_empty_or_damaged_are_noted(project, capsys):
-    rows = [("x", ["a"]), ("", ["a"]), (" \u3000", ["b"]), ("中\ufffd超", ["b"])]
-    write_jsonl("data/train.json", rows)
-    data_preprocess.preprocess("./data/train.json", "./data/label2idx.json")
-    printed = " ".join(line.removeprefix("note").strip() for line in capsys.readouterr().out.splitlines())
-    assert "texts that are empty: 2, the first is ./data/train.json:2" in printed
-    assert "texts with U+FFFD, which stands for damaged characters: 1, the first is" in printed
-
-
-@pytest.mark.parametrize("label", [" a", "a ", "a\t", "\u3000a"])
-def test_spaces_around_a_label_are_refused_by_line(project, label):
-    write_jsonl("data/train.json", [("x", ["a"]), ("y", [label])])
-    with pytest.raises(InputError, match="train.json:2: the label .* has white space around it"):
-        data_preprocess.main()
-
-
-def label_file(monkeypatch, rows, name="in.csv", output="out.csv", **constants):
-    """Return the rows of the labelled table."""
-    write_table(name, rows, "\t" if name.endswith("tsv") else ",")
-    for key, value in {"input_path": name, "output_path": output, **constants}.items():
-        monkeypatch.setattr(predict, key, value)
-    predict.main()
-    with open(output, encoding="utf-8-sig", newline="") as file:
-        return [*csv.reader(file, delimiter="\t" if output.endswith("tsv") else ",")]
-
-
-@pytest.mark.parametrize("output", ["out.csv", "out.tsv"])
-def test_a_table_is_labelled_row_by_row(trained, monkeypatch, output):
-    texts = ["中超开赛", '股市\n大涨, "今日"', ""]
-    pairs = predict.predict_with_scores(texts)
-    rows = label_file(monkeypatch, [["id", "text"], *enumerate(texts)], output=output, chunk_size=2)
-    assert rows[0] == ["id", "text", "label", "probability"]
-    assert [row[:2] for row in rows[1:]] == [[str(n), text] for n, text in enumerate(texts)]
-    assert [row[2] for row in rows[1:]] == [";".join(label for label, _ in some) for some in pairs]
-    assert [row[3] for row in rows[1:]] == [";".join(str(round(p, 4)) for _, p in some) for some in pairs]
-
-
-def test_labels_in_a_table_are_measured(trained, monkeypatch, capsys):
-    rows = [["label", "text"], ["体育;中超", "中超开赛"], ["财经; 股市", "股市大涨"]]
-    rows = label_file(monkeypatch, rows)
-    assert rows[0] == ["text", "true", "label", "probability"]
-    assert [row[1] for row in rows[1:]] == ["体育;中超", "财经;股市"]
-    assert "scores   threshold=0.5 accuracy=1.000" in capsys.readouterr().out
-
-
-def test_all_probabilities_of_a_file(trained, monkeypatch):
-    table = label_file(monkeypatch, [["text"], ["中超开赛"]], all_probabilities=True)
-    probs = predict.predict_proba(["中超开赛"])[0]
-    assert table[0][2:] == [f"probability {label}" for label in predict.get_labels()]
-    assert [float(cell) for cell in table[1][2:]] == pytest.approx(probs, abs=1e-4)
-    monkeypatch.setattr(predict, "output_path", "out.json")
-    predict.main()
-    [row] = [json.loads(line) for line in open("out.json", encoding="utf-8")]
-    assert list(row["probability"]) == predict.get_labels() == ["中超", "体育", "股市", "财经"]
-    assert row["label"] == predict.predict(["中超开赛"])[0]
-
-
-def test_a_column_that_the_output_needs_is_refused(trained, monkeypatch):
-    with pytest.raises(InputError, match='the key "probability" is needed for the output'):
-        label_file(monkeypatch, [["text", "probability"], ["a", "1"]])
-
-
-def test_jsonl_is_jsonl_though_a_label_is_called_as_the_column(project, monkeypatch):
-    for name in ("train", "dev", "test"):
-        write_jsonl(f"data/{name}.json", [("中", ["体育", "text", "股市"])] * 8)
-    data_preprocess.main()
-    assert "text" in data_preprocess.load_json("data/label2idx.json")
-
-
-SPOKEN = [  # (texts, encoding, what it is called)
-    (["中超"], "gbk", "GBK"),
-    (["今日沪深两市指数整体呈现震荡调整格局", "新赛季中超开赛"], "gb18030", "GBK"),
-    (["今日臺股指數大漲，投資人對於後市看法樂觀。", "這個問題"], "big5", "Big5"),
-    (["今日の試合は延期になりました。", "ソニーの新製品を発表する"], "cp932", "Shift JIS"),
-    (["今日の試合は延期になりました。"], "euc-jp", "EUC-JP"),
-    (["오늘 경기는 비로 인해 연기되었습니다.", "주식 시장이 크게 올랐다"], "euc-kr", "EUC-KR"),
-    (["Сегодня матч перенесли из-за дождя"], "cp1251", "Windows-1251"),
-    (["Сегодня матч перенесли из-за дождя"], "koi8-r", "KOI8-R"),
-    (["Müller fährt über die Straße, größer als früher"], "latin-1", "Latin-1"),
-    (["L'été dernier, j'ai été très déçu"], "latin-1", "Latin-1"),
-]
-
-
-@pytest.mark.parametrize(
-    "texts, encoding, name", SPOKEN, ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_an_encoding_is_named_and_what_is_advised_works(tmp_path, monkeypatch, texts, encoding, name):
-    monkeypatch.chdir(tmp_path)
-    lines = [json.dumps({"text": text, "label": ["a"]}, ensure_ascii=False) for text in texts]
-    Path("OLD").write_bytes("\n".join(lines).encode(encoding))
-    with pytest.raises(InputError, match="not UTF-8") as caught:
-        list(data_preprocess.read_examples("OLD"))
-    assert name in str(caught.value)
-    if shutil.which("iconv"):
-        subprocess.run(re.search("iconv [^;]+", str(caught.value))[0], shell=True, check=True)
-        assert [text for _, text, _ in data_preprocess.read_examples("NEW")] == texts
-
-
-def test_a_few_damaged_places_are_called_that(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    line = json.dumps({"text": "今日沪深两市指数整体呈现", "label": ["a"]}, ensure_ascii=False).encode()
-    Path("a.json").write_bytes(line.replace("数".encode(), "数".encode()[:2]))
-    with pytest.raises(InputError, match="damaged in 1 places"):
-        list(data_preprocess.read_examples("a.json"))
-
-
-def test_a_label_index_of_powershell_is_called_utf_16(tmp_path):
-    (tmp_path / "label2idx.json").write_text('{"a": 0}', encoding="utf-16")
-    with pytest.raises(InputError, match="UTF-16"):
-        data_preprocess.load_label2idx(str(tmp_path / "label2idx.json"))
+    monkeypatch.setattr(os, "replace", killed)
+    for writes in range(7):
+        left[:] = [0, *[1] * writes]
+        with pytest.raises(KeyboardInterrupt):
+            table(rows)
+    left[:] = [1] * 99
+    assert sum(map(len, table(rows))) == 60
