@@ -31,7 +31,7 @@ class BertMultiLabelCls(nn.Module):
     """BERT, dropout, a linear layer and a sigmoid: one probability per label.
 
     hidden_size: of the encoder, or None. class_num: C. bert: a BertModel, by default
-    `pretrained_model`. fc may be any module (B, H) → (B, C).
+    `pretrained_model`. self.fc: any module (B, H) → (B, C).
     """
 
     def __init__(self, hidden_size, class_num, dropout=0.1, bert=None):
@@ -142,7 +142,7 @@ def load_network(cls, folder, config, state_dict=None):
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32)
     with clear_errors(f"{folder}: no weights for PyTorch, incomplete, or a Git LFS pointer"):
         network, info = cls.from_pretrained(None if state_dict else folder, **options)
-    if info["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}:
+    if not state_dict and info["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}:
         info["missing_keys"] = ()
         log("note", f"{folder} has no pooler; a new one is trained")
     weights, embeddings = network.state_dict(), network.get_input_embeddings().weight

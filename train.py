@@ -58,7 +58,7 @@ precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a
 lr = "auto"  # peak learning rate of the encoder; 2e-5 at base size, 8e-5 for a hidden size of 384
 head_lr_factor = 10  # the pooler and the classifier learn this many times as fast
 epochs = "auto"  # 10, on little data as many as make 650 steps
-batch_size = "auto"  # texts per process, 8 to 32; if memory runs out halve it, double the next
+batch_size = "auto"  # texts per process, up to 32; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
 keep_tail = 0  # tokens of a truncated text that are kept from its end
@@ -127,7 +127,7 @@ def train():
                 break
             model.train()
             sampler.set_epoch(epoch, start_batch)
-            train_loss = torch.tensor(train_loss, device=device)  # reading it forces a GPU sync
+            train_loss = torch.tensor(train_loss, device=device)  # a tensor: no sync per batch
             for i, batch in enumerate(dataloader, start_batch):
                 step = epoch * num_batches + i
                 torch.manual_seed(hash((seed, step, rank)))  # a resumed run gets the same dropout
@@ -136,7 +136,7 @@ def train():
                 network.require_backward_grad_sync = sync_gradients  # DDP: once per optimizer step
                 with autocast(device, dtype):
                     probs = network(*inputs)
-                loss = criterion(probs.nan_to_num(), labels) + 0 * probs.sum()  # aborts on NaN
+                loss = criterion(probs.nan_to_num(), labels) + 0 * probs.sum()  # NaN stays NaN
                 scaler.scale(loss * sampler.loss_weight(i)).backward()
                 train_loss += loss.detach() * sampler.loss_weight(i)
                 if i % log_steps == 0:
@@ -158,7 +158,7 @@ def train():
             row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss}
             metrics = compute_metrics(predictions.true, predict_labels(predictions.probs))
             row |= {name: float(value) for name, value in metrics.items()}
-            scores = [(row.get(best_metric, 0), -row["dev_loss"]) for row in (*history, row)]
+            scores = [(r.get(best_metric, 0), -r["dev_loss"]) for r in (*history, row)]
             row["saved"] = all(score < scores[-1] for score in scores[:-1])
             history.append(row)
             log_epoch(log_scalars, row, (epoch + 1) * num_batches - 1)
@@ -207,7 +207,7 @@ def test(model_path, test_data_path, return_report=False):
 
 
 def focal_loss(probs, labels):
-    """Return the mean of -(1 - p) log p, p of what is right: arXiv 1708.02002, equation 4."""
+    """Return the mean of -(1 - p)^1 log p, p of what is right: arXiv 1708.02002, eq. 4."""
     return ((probs - labels).abs() * F.binary_cross_entropy(probs, labels, reduction="none")).mean()
 
 
@@ -364,7 +364,7 @@ def handle_signals():
     signals, handlers = [], {}
 
     def handler(number, _):
-        if number == signal.SIGINT in signals and get_world_size() == 1:  # torchrun sends it twice
+        if number == signal.SIGINT in signals and get_world_size() == 1:  # torchrun sends two
             raise KeyboardInterrupt
         signals.append(number)
 

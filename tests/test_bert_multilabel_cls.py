@@ -136,6 +136,7 @@ class Hostile:
         ({"fc.bias": torch.zeros(4)}, "3 labels"),
         ({"bert.pooler.dense.bias": torch.full((16,), torch.nan)}, "pooler.dense.bias"),
         ({"bert.pooler.dense.bias": None}, "pooler.dense.bias"),
+        ({f"bert.pooler.dense.{name}": None for name in ("weight", "bias")}, "pooler.dense.bias"),
         ({"fc.bias": None}, "fc.bias"),
         ("other labels", "another run"),
         (None, "python train.py"),  # there is none
