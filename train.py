@@ -56,7 +56,7 @@ precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a
 
 # "auto" is by the data and the encoder, and is printed; a number is taken as it is.
 lr = "auto"  # peak learning rate of the encoder; 2e-5 at base size, 8e-5 for a hidden size of 384
-head_lr_factor = 10  # the pooler and the classifier learn this many times as fast
+head_lr_factor = 10  # pooler and classifier learn so many times as fast; not from scratch
 epochs = "auto"  # 10, on little data as many as make 650 steps
 batch_size = "auto"  # texts per process, up to 32; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step

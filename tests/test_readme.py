@@ -87,14 +87,14 @@ def test_links_to_files_lead_somewhere(path):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_what_is_named_exists(page):
-    """`name = value` is a constant; not those of the article, nor FastAPI's. `file.py` is there."""
+    """`name = value` is a constant, `file.py` is there."""
     scripts = "\n".join(SCRIPTS.values())
     for name in re.findall(r"(?m)(?:`|^)([a-z_0-9]+) = ", TEXTS[page]):
-        assert re.search(rf"(?m)^{name} = ", scripts) or name in ("hidden_size", "class_num", "app")
+        assert re.search(rf"(?m)^{name} = ", scripts), name
     for module, name in re.findall(r"\b(train|predict|data_\w+)\.([a-z_0-9]+) = ", TEXTS[page]):
         assert re.search(rf"(?m)^{name} = ", SCRIPTS[module]), name
     for name in re.findall(r"(?:`|python )((?:tests/)?\w+\.py)\b", TEXTS[page]):
-        assert (root / name).exists() or name == "serve.py", name
+        assert (root / name).exists(), name
     tables = re.findall(r"(?m)^\| .*`(\w+)` in `(\w+)\.py`", TEXTS[page])
     for name, module in tables:
         assert re.search(rf"(?m)^\s*(def {name}\(|class {name}\(|{name} = )", SCRIPTS[module]), name
