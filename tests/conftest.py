@@ -68,6 +68,8 @@ def as_predictions(labels, probs):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """A folder as save_pretrained writes it: 2 layers, hidden size 16, 24 tokens."""
+    if sys.platform != "win32":  # here, where no changed copies of the scripts are imported
+        multiprocessing.forkserver.ensure_running()
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = BertConfig(
