@@ -1,4 +1,4 @@
-"""The network, the pretrained encoder, and the folder of a trained model: transformers reads it."""
+"""The network, its pretrained encoder, and the folder of a trained model."""
 
 import copy
 import math
@@ -21,28 +21,30 @@ from transformers.utils import logging as transformers_logging
 
 from data_preprocess import InputError, dump_json, load_json, log
 
-default_model = "bert-base-chinese"  # do not change: the one that a small BERT replaces if missing
+default_model = "bert-base-chinese"  # if missing, a small BERT is trained instead
 pretrained_model = default_model  # any BERT: a Hugging Face id, or a local folder
 result_files = ("metrics.json", "history.jsonl", "errors.jsonl", "errors.csv")
 log_once = cache(log)  # for what every save of a run would say
 
 
 class BertMultiLabelCls(nn.Module):
-    """BERT, dropout, a linear layer and a sigmoid: one probability per label.
+    """BERT, dropout, a linear layer, a sigmoid: a probability for each of class_num labels.
 
-    hidden_size: of the encoder, or None. class_num: C. bert: a BertModel, by default
-    `pretrained_model`. self.fc: any module (B, H) → (B, C).
+    hidden_size: of the encoder, or None. bert: by default `pretrained_model`.
     """
 
     def __init__(self, hidden_size, class_num, dropout=0.1, bert=None):
         super().__init__()
-        bert = load_pretrained(BertModel, pretrained_model) if bert is None else bert
+        bert = bert or load_pretrained(BertModel, pretrained_model)
         size = bert.config.hidden_size
         if hidden_size not in (None, size):
             raise InputError(f"hidden_size = {hidden_size}, but the encoder has {size}")
-        self.fc = nn.Linear(size, class_num, dtype=torch.float32)
+        self.fc = nn.Linear(size, class_num, dtype=torch.float32)  # any (B, H) → (B, C)
         self.drop = nn.Dropout(dropout)
         self.bert = bert
+        for module in self.modules():
+            if type(module) is nn.Dropout:
+                module.__class__ = FastDropout
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Return probabilities (B, C), float32, not logits, of three integer tensors (B, T)."""
@@ -55,9 +57,8 @@ class BertMultiLabelCls(nn.Module):
 def init_classifier(model, label_counts, num_texts, sums=None):
     """Set the last bias of fc to the log odds of the labels' shares; label_counts (C,).
 
-    Lin et al. 2017, arXiv 1708.02002, section 4.1: from 0 a model first learns to predict nothing.
-    sums: of sum_pooled, for a start from a linear discriminant analysis (Hastie, Tibshirani and
-    Friedman 2009, section 4.3).
+    From 0 a model first learns to predict nothing: Lin et al. 2017, arXiv 1708.02002, section 4.1.
+    sums: of sum_pooled, for a linear discriminant analysis (Hastie et al. 2009, section 4.3).
     """
     smallest = 1 / (num_texts + 1)  # keeps the odds finite
     biases = [p for name, p in model.fc.named_parameters() if name.endswith("bias")]
@@ -67,24 +68,14 @@ def init_classifier(model, label_counts, num_texts, sums=None):
         mean, counts = sums[0][0] / num_texts, label_counts[:, None]
         covariance = sums[1] / num_texts - torch.outer(mean, mean)
         ridge = 0.1 * covariance.diagonal().mean() + 1e-12  # all texts may be alike
-        shifts = (sums[2] - counts * mean) / (counts + 100)  # towards all texts, by 100 of them
+        shifts = (sums[2] - counts * mean) / (counts + 100)  # by 100 of all texts
         weights = torch.linalg.solve(covariance + ridge * torch.eye(len(mean)), shifts.T).T
         model.fc.weight.copy_(weights)
         model.fc.bias.sub_((weights @ mean + (weights * shifts).sum(1) / 2).to(model.fc.bias))
 
 
-def parameter_groups(model, encoder_lr, head_lr, weight_decay):
-    """Return the optimizer's groups; the head is pooler and classifier; vectors do not decay."""
-    head_ids = {id(p) for p in (*model.bert.pooler.parameters(), *model.fc.parameters())}
-    groups = {}
-    for p in sorted(model.parameters(), key=lambda p: id(p) in head_ids):  # encoder first
-        key = head_lr if id(p) in head_ids else encoder_lr, weight_decay if p.ndim > 1 else 0.0
-        groups.setdefault(key, []).append(p)
-    return [{"params": ps, "lr": key[0], "weight_decay": key[1]} for key, ps in groups.items()]
-
-
 def find_encoder(name):
-    """Return (folder, "") of an encoder: a folder, in the cache, or on the hub; or (None, why)."""
+    """Return (folder, "") of an encoder here, in the cache or on the hub; or (None, why)."""
     name = os.fspath(name)
     if os.path.isdir(name):
         return name, ""
@@ -96,12 +87,12 @@ def find_encoder(name):
     try:
         names = " ".join(f.rfilename for f in HfApi().model_info(name, timeout=8).siblings)
     except Exception as error:  # of a proxy, too
-        places = f"not a folder here, nor in {constants.HF_HUB_CACHE}, nor at {constants.ENDPOINT}"
+        places = f"here, in {constants.HF_HUB_CACHE}, at {constants.ENDPOINT}"
         remedy = "set HF_ENDPOINT=https://hf-mirror.com, or pretrained_model to a local folder"
-        return None, f"the encoder {name} was not found: {places} ({error!s:.80}); {remedy}"
+        return None, f"the encoder {name} was not found {places} ({error!s:.80}); {remedy}"
     weights = "model*.safetensors*" if ".safetensors" in names else "pytorch_model*.bin*"
     patterns = ["config.json", "*token*", "vocab.*", "*.model", weights]
-    with clear_errors(f"{name}: the download failed; run again to continue it"):
+    with clear_errors(f"{name}: the download failed; run again to go on"):
         return snapshot_download(name, allow_patterns=patterns), ""
 
 
@@ -128,7 +119,7 @@ def load_pretrained(cls, name, fine_tuned=False):
     expected = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
     for key, value in (expected | {"quantization_config": None}).items():
         if values.get(key) not in (value, None):  # read as a plain BERT
-            raise InputError(f"{path}: {key} is {values[key]!r:.40}; only {value!r} can be read")
+            raise InputError(f"{path}: {key} is {values[key]!r:.40}, not {value!r}")
     check_number(f"{path}: num_hidden_layers", config.num_hidden_layers, 1, 1000, integer=True)
     if cls is BertModel:
         return load_network(BertModel, folder, config)
@@ -136,7 +127,7 @@ def load_pretrained(cls, name, fine_tuned=False):
 
 
 def load_network(cls, folder, config, state_dict=None):
-    """Return cls.from_pretrained(folder) in float32, or of a state dict; no weight is made up."""
+    """Return cls.from_pretrained of a folder, or of a state dict, in float32; all weights fit."""
     prefixes = r"^(?:(?:module|_orig_mod|model|bert_model|auto_model|transformer|0)\.)+"
     options = dict(config=config, state_dict=state_dict, key_mapping={prefixes: ""})
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32)
@@ -160,7 +151,7 @@ def load_network(cls, folder, config, state_dict=None):
 
 
 def load_tokenizer(folder, config, fine_tuned=False):
-    """Return the tokenizer of a folder; only a fine_tuned one may lower-case as the folder says."""
+    """Return the tokenizer of a folder; if not fine_tuned the vocabulary decides on casing."""
     paths = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer_config.json")]
     described, settings = (load_json(path) if os.path.exists(path) else {} for path in paths)
     parts = ("'WordPiece'", "'BertNormalizer'", "'BertPreTokenizer'")
@@ -178,31 +169,29 @@ def load_tokenizer(folder, config, fine_tuned=False):
     vocab, size = tokenizer.get_vocab(), config.vocab_size
     foreign = [token for token in vocab if re.match(r"[▁Ġ].|.+(@@|</w>)$", token)]
     if len(vocab) <= len(tokenizer.all_special_tokens):
-        raise InputError(f"{folder}: its tokenizer has no files, or an empty vocabulary")
+        raise InputError(f"{folder}: no vocabulary, or an empty one")
     if max(vocab.values()) >= size:
-        raise InputError(f"{folder}: its tokenizer has ids beyond the {size} embeddings")
+        raise InputError(f"{folder}: vocabulary ids are beyond the {size} embeddings")
     if is_bert and len(foreign) > len(vocab) / 20:
-        raise InputError(f"{folder}: its vocabulary is no WordPiece; copy its tokenizer.json too")
+        raise InputError(f"{folder}: no WordPiece vocabulary; copy tokenizer.json too")
     return tokenizer
 
 
 def choose_casing(tokenizer, strip_accents):
-    """Return settings where a vocabulary speaks against do_lower_case, as in bert-base-chinese."""
+    """Return settings by the vocabulary: that of bert-base-chinese knows http, not HTTP."""
     words = {token.removeprefix("##") for token in tokenizer.get_vocab()}
     cased = [word for word in words if word.isalpha() and word.lower() != word.upper()]
     has_capitals = sum(word != word.lower() for word in cased) > len(cased) / 100
-    is_wrong = bool(cased) and tokenizer.do_lower_case == has_capitals  # knows http, not HTTP
-    casing = {"do_lower_case": not has_capitals} if is_wrong else {}
+    is_lower = not has_capitals if cased else tokenizer.do_lower_case
     without = BertNormalizer(False, False, strip_accents=True, lowercase=False).normalize_str
     accented = sum(word != without(word) for word in words if not word.isascii())
-    is_lower = tokenizer.do_lower_case != is_wrong
-    if is_lower and strip_accents is None and accented > (0 if is_wrong else len(words) / 1000):
-        casing["strip_accents"] = False
-    return casing
+    if is_lower and strip_accents is None and accented > len(words) / 1000:
+        strip_accents = False
+    return {"do_lower_case": is_lower, "strip_accents": strip_accents}
 
 
 def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncation=(128, 0)):
-    """Write the folder of a trained model; a failure or a kill leaves the old or the new one."""
+    """Write the folder of a trained model; a kill leaves the old or the new one."""
     config = copy.deepcopy(model.bert.config)
     config.id2label, config.label2id = {idx: name for name, idx in label2idx.items()}, label2idx
     config.problem_type, config.dtype = "multi_label_classification", "float32"
@@ -233,25 +222,21 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncat
 
 @torch.inference_mode()
 def export(model, config):
-    """Return a BertForSequenceClassification of this model; say if it computes other numbers."""
+    """Return a BertForSequenceClassification; say if it computes other probabilities."""
     with torch.device("meta"):  # allocates no random weights
         exported = BertForSequenceClassification(config)
-    exported.bert, heads = model.bert, (model.fc.state_dict(), exported.classifier.state_dict())
-    ours, usual = ({name: tensor.shape for name, tensor in head.items()} for head in heads)
-    if ours == usual:
-        exported.classifier.load_state_dict(heads[0], assign=True)
-    else:
-        exported.classifier = model.fc
+    exported.bert, exported.classifier = model.bert, model.fc
     input_ids = torch.arange(32, device=model.bert.device).view(2, 16) % config.vocab_size
     inputs = input_ids, torch.ones_like(input_ids).tril(12), torch.zeros_like(input_ids)
     probs, logits = model.eval()(*inputs), exported.eval()(*inputs).logits
-    if ours != usual or (probs - logits.sigmoid()).abs().max() > 1e-4:
-        log_once("note", "other tools will not give these probabilities: the network is changed")
+    is_linear = type(model.fc) is nn.Linear and model.fc.bias is not None
+    if not is_linear or (probs - logits.sigmoid()).abs().max() > 1e-4:
+        log_once("note", "the network is changed: other tools will not give its probabilities")
     return exported
 
 
 def saved_names(folder):
-    """Return the names of the files that were written to a folder; paths and folders are none."""
+    """Return the names of the files in a folder that a save wrote there."""
     path = os.path.join(folder, "saved.json")
     listed = load_json(path) if os.path.exists(path) else []
     listed = listed if isinstance(listed, list) else []
@@ -259,7 +244,7 @@ def saved_names(folder):
 
 
 def complete_save(folder):
-    """Move what save_model finished into place; in between the folder has no config.json."""
+    """Move what save_model finished into place; meanwhile the folder has no config.json."""
     finished = os.path.join(folder, "finished.tmp")
     new_names = os.listdir(finished) if os.path.isdir(finished) else []
     if "saved.json" in new_names:  # the old one is still here: it is moved last but one
@@ -273,7 +258,7 @@ def complete_save(folder):
 
 
 def keep_previous(folder, new_names):
-    """Copy to previous/ what is about to be replaced: a finished model, or files not of ours."""
+    """Copy to previous/ what will be replaced: a finished model, or files that are not ours."""
     ours, previous = saved_names(folder), Path(folder, "previous")
     is_finished = os.path.exists(os.path.join(folder, "metrics.json"))
     names = (ours if is_finished else set()) | set(new_names) - ours
@@ -319,7 +304,7 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     else:
         label2idx = read_labels(config, tokenizer, folder)
     if labels not in (None, list(label2idx)):
-        raise InputError(f"{pth_path}: of another run than config.json beside it; train again")
+        raise InputError(f"{pth_path}: not of the run of config.json beside it")
     if not has_pth:
         network = load_network(BertForSequenceClassification, folder, config)
         weights = {re.sub("^classifier", "fc", k): t for k, t in network.state_dict().items()}
@@ -347,13 +332,13 @@ def load_pth(path):
 
 
 def read_labels(config, tokenizer, folder):
-    """Return {label: column} of a trained config; give it `thresholds`, `truncation` like ours."""
+    """Return {label: column} of a trained config; give a foreign one what ours have."""
     names = [config.id2label.get(idx) for idx in range(config.num_labels)]
     is_multi_label = config.problem_type in (None, "multi_label_classification")
     if not is_multi_label or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{folder}: its config.json is not that of a multi-label model")
+        raise InputError(f"{folder}: config.json is not of a multi-label model")
     if not hasattr(config, "truncation"):
-        log("note", f"{folder}: trained elsewhere; each probability is taken as a sigmoid")
+        log("note", f"{folder}: trained elsewhere; outputs are taken as logits of a sigmoid")
         longest = min(tokenizer.model_max_length, config.max_position_embeddings)
         tail = longest - 2 if tokenizer.truncation_side == "left" else 0
         config.thresholds, config.truncation = {}, [longest, tail]  # max_len, keep_tail
@@ -361,7 +346,7 @@ def read_labels(config, tokenizer, folder):
 
 
 def load_label2idx(label2idx_path):
-    """Return {label: column} in column order. Raises InputError unless it is one to one."""
+    """Return {label: column} in column order, or raise InputError."""
     remedy = f"run: python data_preprocess.py; paths start from {os.getcwd()}"
     if not os.path.exists(label2idx_path):
         raise InputError(f"{label2idx_path}: there is no label index yet; {remedy}")
@@ -373,7 +358,7 @@ def load_label2idx(label2idx_path):
 
 
 def check_number(name, value, least, most=math.inf, integer=False):
-    """Raise InputError unless the constant `name` is a number, or an integer, in these limits."""
+    """Raise InputError unless a constant is a number, or an integer, in these limits."""
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
         kind = "an integer" if integer else "a number"
@@ -381,15 +366,15 @@ def check_number(name, value, least, most=math.inf, integer=False):
 
 
 def check_truncation(max_len, keep_tail, config=None):
-    """Raise InputError if max_len is out of range for the encoder, or keep_tail for max_len."""
+    """Raise InputError unless the encoder can read max_len tokens, keep_tail among them."""
     limit = config.max_position_embeddings if config else math.inf
     check_number("max_len", max_len, 3, limit, integer=True)  # [CLS], one token, [SEP]
     check_number("keep_tail", keep_tail, 0, max_len - 2, integer=True)
 
 
 def choose_dtype(precision, device):
-    """Return the torch dtype for `precision`; "auto" is the fastest that the device supports."""
-    with clear_errors(f"device = {str(device)!r}: cannot be used, or not in a forked process"):
+    """Return the torch dtype of `precision`; "auto" is the fastest on the device."""
+    with clear_errors(f"device = {str(device)!r}: not there, or not in a forked process"):
         on_gpu = torch.empty(0, device=device).is_cuda
     native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
     has_bf16 = native.get("avx512_bf16") or native.get("amx_bf16")
@@ -409,7 +394,7 @@ def autocast(device, dtype):
 
 @cache
 def limit_threads():
-    """Let PyTorch use no more threads than a container has CPUs, and one in a forked process."""
+    """Use no more threads than a container has CPUs, and one in a forked process."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
     if hasattr(os, "register_at_fork"):  # OpenMP would wait for the threads of the parent
@@ -418,7 +403,7 @@ def limit_threads():
 
 @torch.inference_mode()
 def predict_batches(model, dataloader, dtype=torch.float32):
-    """Yield (probs, labels) of each batch, (B, C) float32 on the CPU; dtype: of autocast."""
+    """Yield (probs, labels), (B, C) float32 on the CPU, of batches; dtype: of autocast."""
     model.eval()
     device = next(model.parameters()).device
     dtype = dtype if model.bert.dtype == torch.float32 else torch.float32
@@ -458,3 +443,15 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
         context = F.scaled_dot_product_attention(*heads, attention_mask, dropout_p)
     attended = layer.attention.output(context.transpose(1, 2).flatten(2), query_states)
     return layer.output(layer.intermediate(attended), attended)
+
+
+class FastDropout(nn.Dropout):
+    """nn.Dropout that draws 16 bits an element on a CPU, where PyTorch draws a number for each."""
+
+    def forward(self, states):
+        if not self.training or not states.is_cpu or not 0 < self.p < 1:
+            return super().forward(states)
+        words = torch.empty(states.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: states.numel()].view(states.shape)
+        is_kept = bits >= round(self.p * 2**16) - 2**15
+        return states * is_kept.to(states.dtype).mul_(1 / (1 - self.p))

@@ -1,4 +1,4 @@
-"""Texts to tensors and batches, probabilities to scores; processes; a small encoder from scratch.
+"""Texts to tensors and batches; scores, thresholds; processes; a small encoder from scratch.
 
 run     python data_helper.py    prints the tensors of ./data/train.json
 """
@@ -41,9 +41,9 @@ class MultiClsDataSet(Dataset):
     """The tokenized examples of a data file: N texts, T tokens of the longest text, C labels.
 
     input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1. An item
-    is (input_ids, attention_mask, token_type_ids, labels); with a list as index it is a batch,
-    padded to its own longest text. keep_tail: tokens kept from the end of a longer text. examples:
-    of read_examples, in place of a file. Raises InputError naming the line of an invalid example.
+    is (input_ids, attention_mask, token_type_ids, labels), of a list of indices a batch, padded to
+    its own longest text. keep_tail: tokens kept from the end of a longer text. examples: of
+    read_examples, in place of a file. Raises InputError naming the line of an invalid example.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class MultiClsDataSet(Dataset):
             for location, _, labels, _ in chunk:
                 if unknown := [name for name in labels if name not in self.label2idx]:
                     remedy = "run python data_preprocess.py again"
-                    raise InputError(f"{location}: the label {unknown[0]!r} is unknown; {remedy}")
+                    raise InputError(f"{location}: unknown label {unknown[0]!r}; {remedy}")
                 columns.extend(sorted({self.label2idx[name] for name in labels}))
                 row_ends.append(len(columns))
             texts = [text.strip() for _, text, *_ in chunk]
@@ -130,7 +130,7 @@ class GroupedBatchSampler(Sampler):
         """Draw the batches of an epoch; a resumed run skips those before first_batch."""
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
         size, num_batches = self.batch_size, -(-len(self.lengths) // self.batch_size)
-        per_block = min(max(num_batches // 8, 8), 50)  # few, so that pairs rarely meet again
+        per_block = min(max(num_batches // 8, 8), 50)  # few: pairs rarely meet again
         indices = get_length_grouped_indices(self.lengths, size, per_block, generator)
         order = torch.randperm(num_batches, generator=generator).tolist()
         self.batches = [indices[i * size : (i + 1) * size] for i in order]
@@ -144,14 +144,14 @@ class GroupedBatchSampler(Sampler):
             yield batch[self.rank :: self.world_size] or batch[:1]  # idle: a dummy batch
 
     def loss_weight(self, i):
-        """Return the weight of batch i's mean loss that makes a step the mean over its texts."""
+        """Return the weight of batch i with which a step has the mean loss of its texts."""
         first = i - i % self.accumulation_steps
         texts_in_step = sum(map(len, self.batches[first : first + self.accumulation_steps]))
         return len(self.batches[i][self.rank :: self.world_size]) * self.world_size / texts_in_step
 
 
 def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
-    """Return a DataLoader of batches sorted by length, with the tokens of batch_size long texts."""
+    """Return a DataLoader by length; short texts make batches of up to 8 * batch_size."""
     order, batches = dataset.lengths.argsort(descending=True, stable=True), []
     num_tokens = batch_size * min(dataset.max_len, 128)
     while len(order):  # the longest first: out of memory at once, or never
@@ -162,21 +162,20 @@ def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
     return DataLoader(dataset, batch_size=None, sampler=batches[rank::world_size])
 
 
-# What scores, thresholds and errors need. Sparse (N, C): true, bool, and probs, float32, of true
-# labels and those above min_prob. sums: {metric: sum over the texts}.
-Predictions = namedtuple("Predictions", "true probs sums min_prob")
+# Sparse (N, C): true labels, bool, and the probs of these and of all above 0.05, float32; and
+# sums, {metric: sum over the texts}: what scores, thresholds and errors need.
+Predictions = namedtuple("Predictions", "true probs sums")
 
 
 def collect_predictions(batches, num_labels, criterion, sampler=None):
-    """Return the Predictions of batches (probs, labels), each (B, C), in the order of the texts.
+    """Return the Predictions of batches (probs, labels), (B, C) each, in the order of the texts.
 
-    sampler: an iterator over the indices of each batch, of which each process has a share.
+    sampler: an iterator over the indices of the batches, of which each process has a share.
     """
     texts, true_rows, prob_rows, sums = [], [], [], Counter()
-    min_prob = 0.001 if num_labels <= 500 else 0.05
     for probs, labels in batches:
         true = labels > 0.5
-        kept = probs.clamp(min=1e-30) * (true | (probs > min_prob))  # 0 would not be stored
+        kept = probs.clamp(min=1e-30) * (true | (probs > 0.05))  # 0 would not be stored
         true_rows.append(csr_matrix(true.numpy()))
         prob_rows.append(csr_matrix(kept.numpy()))
         texts += next(sampler) if sampler else range(len(texts), len(texts) + len(labels))
@@ -189,7 +188,7 @@ def collect_predictions(batches, num_labels, criterion, sampler=None):
     order = np.argsort(np.concatenate(texts))
     true, probs = (vstack([*chain(*rows)], "csr")[order] for rows in (trues, probs))
     sums = {name: sum(part[name] for part in sums) for name in sums[0]}
-    return Predictions(true, probs, sums, min_prob)
+    return Predictions(true, probs, sums)
 
 
 def predict_labels(probs, thresholds=0.5):
@@ -214,7 +213,7 @@ def f1_score(support, predicted, true_positives):
 def compute_metrics(true, predicted):
     """Return {metric: value} of sparse bool matrices (N, C), as scikit-learn defines them.
 
-    All are printed, drawn and written, and may be best_metric. Labels without examples count as 0.
+    All are printed, drawn and written, and may be best_metric. A label without examples counts 0.
     """
     counts = np.array(count_labels(true, predicted))
     return {
@@ -236,19 +235,8 @@ def per_label_metrics(true, predicted, names):
 
 def metrics_report(predictions, names, thresholds):
     """Return {metric: value}, of those without a threshold and at each; by label at 0.5."""
-    true, probs, sums, min_prob = predictions
+    true, probs, sums = predictions
     metrics = {name: total / true.shape[0] for name, total in sorted(sums.items())}
-    is_true = (true.astype(int) + probs.astype(bool)).data == 2  # each entry of probs
-    hits, support = is_true & (probs.data > min_prob), true.sum(0).A1
-    order = np.lexsort((hits, -probs.data, probs.indices))
-    columns, hits = probs.indices[order], hits[order]
-    starts = np.searchsorted(columns, columns)  # of the label
-    found = hits.cumsum() - np.append(0, hits.cumsum())[starts]
-    precision = hits * found / (np.arange(len(hits)) + 1 - starts)
-    average_precision = np.bincount(columns, precision, len(support)) / np.maximum(support, 1)
-    seen = max(np.count_nonzero(support), 1)
-    metrics["mean_average_precision"] = float(average_precision.sum() / seen)
-    metrics["labels_without_examples"] = int((support == 0).sum())
     by_label = [thresholds["by_label"][name] for name in names]
     options = {"at_0.5": 0.5, "at_single": thresholds["single"], "at_by_label": by_label}
     metrics |= {k: compute_metrics(true, predict_labels(probs, t)) for k, t in options.items()}
@@ -258,8 +246,7 @@ def metrics_report(predictions, names, thresholds):
 def tune_thresholds(predictions, names, smoothing=40):
     """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie the nearest to 0.5.
 
-    For dev only. To the counts of a label so many examples of an average one are added (smoothing):
-    few of its own do not lead astray.
+    For dev only. smoothing: examples of an average label added to those of each, which may be few.
     """
     true, probs, *_ = predictions
     grid = np.arange(5, 96, dtype=np.float32) / 100
@@ -279,7 +266,7 @@ def tune_thresholds(predictions, names, smoothing=40):
 
 
 def misclassified(examples, predictions, names):
-    """Yield a dict for each example of read_examples with a wrong label at 0.5, worst first."""
+    """Yield a dict for each example with a wrong label at 0.5, the worst first."""
     true, probs, *_ = predictions
     predicted = predict_labels(probs)
     errors = abs(probs - true).multiply(true != predicted).max(1).toarray().ravel()
@@ -296,20 +283,22 @@ def misclassified(examples, predictions, names):
 
 
 def write_rows(rows, out_path, header=None):
-    """Write dicts as lines of JSON or, if it is called .csv or .tsv, as a table, atomically."""
+    """Write dicts as lines of JSON or, to a .csv or .tsv, as a table, atomically."""
     options, out_path = {"errors": "backslashreplace", "newline": ""}, os.fspath(out_path)
     with atomic_write(out_path) as path, open(path, "w", encoding="utf-8", **options) as file:
         if not out_path.lower().endswith((".csv", ".tsv")):
             file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
             return
-        file.write("\ufeff")  # the mark by which Excel knows the encoding
+        file.write("\ufeff")  # by it Excel knows UTF-8
         header = dict.fromkeys(chain(*rows)) if header is None else header
         delimiter = "\t" if out_path.lower().endswith(".tsv") else ","
         table = csv.DictWriter(file, header, delimiter=delimiter)
         table.writeheader()
         join = data_preprocess.label_separator.join
-        for row in rows:  # names are joined, and the scores of names
+        for row in rows:  # names, and scores of names, are joined
             lists = {k: [*v.values()] if isinstance(v, dict) else v for k, v in row.items()}
+            if "missed" in row:  # of an error: the scores are not of one column's labels
+                lists["probability"] = [f"{k} {v}" for k, v in row["probability"].items()]
             lists = {k: join(map(str, v)) for k, v in lists.items() if isinstance(v, list)}
             table.writerow(row | lists)
 
@@ -325,12 +314,12 @@ def log_label_metrics(by_label, where):
 
 
 def init_distributed(device):
-    """Join the processes that torchrun started and return (rank, world_size); without it (0, 1)."""
+    """Join the processes of torchrun and return (rank, world_size); without it (0, 1)."""
     if get_world_size() > 1 and not dist.is_initialized():
         num_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         on_gpu = str(device).startswith("cuda")
         if on_gpu and (str(device) != "cuda" or local_rank >= num_gpus):
-            raise InputError(f'device = {device}: use "cuda", one process per GPU ({num_gpus})')
+            raise InputError(f'device = {device}: use "cuda", a process per GPU ({num_gpus})')
         if on_gpu:
             torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo"
@@ -341,7 +330,7 @@ def init_distributed(device):
 
 
 def broadcast_object(function):
-    """Return in all processes what function() returns in rank 0, which alone calls it."""
+    """Return in all processes what function() returns in rank 0 alone."""
     return all_gather_object(function() if is_main_process() else None)[0]
 
 
@@ -357,7 +346,7 @@ def all_gather_object(value):
 @torch.inference_mode()
 def sum_pooled(model, dataset, device, dtype):
     """Return the sums over the texts from which init_classifier starts many labels."""
-    log("note", "many labels: the classifier starts from the texts that have each of them")
+    log("note", "many labels: the classifier starts from the texts of each")
     num_labels, size = model.fc.weight.shape
     sums = [torch.zeros(n, size, dtype=torch.float64) for n in (1, size, num_labels)]
     for *inputs, labels in eval_dataloader(dataset, 32, device, *init_distributed(device)):
@@ -371,20 +360,22 @@ def sum_pooled(model, dataset, device, dtype):
 
 @contextmanager
 def only_process(get_path, what):
-    """Let one process at a time in, by a lock file at get_path(), or raise; a kill unlocks it."""
+    """Let one process at a time in, by a lock file that a kill unlocks, or raise InputError."""
     lock = FileLock(get_path())
     try:
         held = lock.acquire(timeout=0) if is_main_process() else nullcontext()
-    except (Timeout, NotImplementedError) as error:  # the latter: by the file system
+    except (Timeout, NotImplementedError) as error:  # the latter from the file system
         raise InputError(f"another process {what}: wait, or set another path ({error})") from None
     with held:
-        yield
-        if lock.is_locked and os.name == "posix":  # Windows removes no open file
-            os.remove(lock.lock_file)
+        try:
+            yield
+        finally:
+            if lock.is_locked and os.name == "posix":  # Windows removes no open file
+                os.remove(lock.lock_file)
 
 
 def build_scratch_encoder(examples, seed=0):
-    """Return (a small untrained BERT, its tokenizer), with a vocabulary of read_examples."""
+    """Return (a small untrained BERT, its tokenizer) for the texts of read_examples."""
     texts = [text[:512] for _, text, *_ in examples]
     texts = texts[:: max(1, len(texts) // 20_000)]
     tokenizer = scratch_tokenizer(texts)
@@ -394,7 +385,7 @@ def build_scratch_encoder(examples, seed=0):
         token_ids = tokenizer(texts, add_special_tokens=False).input_ids
         token_ids = token_ids[:: 1 + sum(map(len, token_ids)) // 500_000]
         init_embeddings_ppmi(bert.embeddings.word_embeddings.weight, token_ids)
-        # With identities [CLS] starts as the tokens' average; random matrices pass on nothing.
+        # So [CLS] starts as the average of the tokens; random matrices pass on nothing.
         for name, module in bert.named_modules():
             if name.endswith(("attention.self.value", "attention.output.dense", "pooler.dense")):
                 module.weight += torch.eye(len(module.weight))
@@ -404,13 +395,13 @@ def build_scratch_encoder(examples, seed=0):
 
 
 def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
-    """Return a BertTokenizer of the characters, frequent words and Chinese n-grams of `texts`."""
+    """Return a BertTokenizer of the characters, frequent words and Chinese n-grams of texts."""
     backend, chinese = BertTokenizer().backend_tokenizer, "[\u3400-\u9fff]"
     normalized = map(backend.normalizer.normalize_str, texts)
     pieces = map(backend.pre_tokenizer.pre_tokenize_str, normalized)
     words = Counter(word for text_pieces in pieces for word, _ in text_pieces)
     characters = Counter(character for word in words.elements() for character in word)
-    # One seen once becomes [UNK], so that the network learns an embedding for unknown ones.
+    # One seen once becomes [UNK], so that unknown ones have an embedding that was trained.
     singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
     suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]
     ngrams, fragments = Counter(), set()  # of 2 to 4 characters; parts mostly of a longer one

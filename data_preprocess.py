@@ -1,11 +1,11 @@
-"""Check the data and number its labels; before that, split one table into the three data files.
+"""Check the data and number its labels; before that, split a table into the three files.
 
 reads   ./data/train.json, dev.json, test.json   a line: {"text": "...", "label": ["...", ...]}
         or table_path, a .csv or .tsv file with a header or JSONL; or at first ./data/sample/
 writes  ./data/label2idx.json   {"label": column, ...}, labels sorted
         ./data/train.json, dev.json, test.json   the rows of table_path, or the sample
         ./data/split.json       which data files were written here: no others are replaced
-run     python data_preprocess.py    prints what there is, which max_len to set, what looks wrong
+run     python data_preprocess.py    prints what there is, the max_len to set, what looks wrong
 """
 
 import ast
@@ -33,13 +33,13 @@ label2idx_path = "./data/label2idx.json"
 table_path = ""  # one .csv or .tsv file with a header, or JSONL, in place of the three
 split = (0.8, 0.1, 0.1)  # shares of the rows for training, dev and test
 text_column = "text"  # its name in the header; the columns hold for predict.py too
-label_columns = ["label"]  # columns of names, or of 0 and 1: then their headers are the labels
+label_columns = ["label"]  # of names, or of 0 and 1: then their headers are the labels
 label_separator = ";"  # between the labels of a cell
-quotes = "auto"  # True: cells in "" may hold line breaks; False: a " is like other characters
+quotes = "auto"  # True: cells in "" may hold line breaks; False: " is like other characters
 
 
 def load_json(data_path):
-    """Return the content of a JSON file. Raises InputError unless it is JSON in UTF-8."""
+    """Return the content of a JSON file in UTF-8, or raise InputError."""
     try:
         return json.loads(decode_utf8(data_path, Path(data_path).read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -53,15 +53,15 @@ def dump_json(project, out_path, indent=None):
 
 
 def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9, other_paths=()):
-    """Write the sorted label index; print statistics, and the max_len for a share of the texts."""
+    """Write the sorted label index; print statistics and a max_len for a share of the texts."""
     paths = zip(("train", "dev", "test"), (train_data_path, *other_paths))
     files = {name: scan_examples(path) for name, path in paths}
     num_texts, counts = len(files["train"].lengths), files["train"].label_counts
     if not counts:
         raise InputError(f"{train_data_path}: no example has a label")
     dump_json({label: idx for idx, label in enumerate(sorted(counts))}, label2idx_path)
-    log("texts", count=num_texts, labels=len(counts), label_entries=sum(counts.values()))
-    # A Chinese character is one token, elsewhere tokens are longer; two more: [CLS] and [SEP].
+    log("texts", count=num_texts, unlabelled=files["train"].num_unlabelled, labels=len(counts))
+    # A Chinese character is a token, elsewhere tokens are longer; two more: [CLS] and [SEP].
     tokens = sorted(length + 2 for length in files["train"].lengths)
     max_len = tokens[min(max(0, math.ceil(num_texts * max_len_ratio - 1e-6) - 1), num_texts - 1)]
     longer = {f"over_{n}": sum(t > n for t in tokens) for n in (128, 512)}
@@ -75,11 +75,12 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9, other_paths=(
 
 
 def scan_examples(data_path):
-    """Return what there is to know of a data file. Raises InputError for an invalid example."""
+    """Return lengths, labels and faults of a data file, or raise InputError."""
     file = SimpleNamespace(path=data_path, lengths=[], label_counts=Counter(), labels_of={})
-    file.first_locations, file.odd_texts = {}, defaultdict(list)
+    file.first_locations, file.odd_texts, file.num_unlabelled = {}, defaultdict(list), 0
     for location, text, labels, _ in read_examples(data_path, needs_labels=True):
         file.lengths.append(len(text))
+        file.num_unlabelled += not labels
         file.label_counts.update(set(labels))
         for label in labels:
             file.first_locations.setdefault(label, location)
@@ -102,11 +103,11 @@ def note_odd_labels(files):
     for label in sorted(counts, key=lambda label: (-counts[label], label)):
         spellings[fold_spelling(label)].append(shown[label])
     for name, same in spellings.items():
-        if len(same) > 1 or name in ("nan", "none", "null", "n/a", "#n/a", "<na>", "\\n"):
+        if len(same) > 1 or name in "nan none null (null) na n/a #n/a <na> \\n".split():
             log("note", f"probably one label, or an empty cell: {', '.join(same)}")
     for separator in (";", ",", "|", "/", "，", "；", "、", "：", ":", "+", "&", "#", "\n", " "):
         parts = {label: [*filter(None, map(str.strip, label.split(separator)))] for label in counts}
-        times = Counter(chain(*(set(p) for p in parts.values())))  # a label by itself counts once
+        times = Counter(chain(*(set(p) for p in parts.values())))  # a label counts once
         enough = all if separator == " " else any  # names of two words are usual
         joined = [x for x in counts if len(parts[x]) > 1 and enough(times[p] > 1 for p in parts[x])]
         if joined:
@@ -118,7 +119,7 @@ def note_odd_labels(files):
 
 
 def fold_spelling(label):
-    """Return what near-equal spellings of a label have in common; "" if nothing is visible."""
+    """Return what near-equal spellings of a label share; "" if nothing is visible."""
     folded = unicodedata.normalize("NFKC", label).casefold()
     folded = "".join(c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
     folded = re.sub(r"(?<=\w)[-_](?=\w)", "", folded)
@@ -126,7 +127,7 @@ def fold_spelling(label):
 
 
 def note_odd_texts(files):
-    """Print which texts are empty, damaged or contradictory, and how many are in two files."""
+    """Print which texts are empty or contradictory, and how many are in two files."""
     for file in files.values():
         for fault, locations in file.odd_texts.items():
             log("note", f"{file.path}: {len(locations)} {fault}, the first at {locations[0]}")
@@ -142,39 +143,40 @@ def check_labels_known(files, label2idx):
         if unknown:
             names = ", ".join(f"{label!r} ({file.label_counts[label]} texts)" for label in unknown)
             where = f"{file.first_locations[unknown[0]]}: not in the label index: {names:.300}"
-            remedy = "run python data_preprocess.py again; if training lacks them, add examples"
+            remedy = "run python data_preprocess.py again, or add examples to training"
             raise InputError(f"{where}; {remedy}")
 
 
 def split_table(table_path, paths):
     """Write the rows of a table to the three data files; texts of an earlier split stay."""
     if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
-        raise InputError(f"split = {split!r}: must be three shares above 0 with a sum of 1")
+        raise InputError(f"split = {split!r}: not three shares above 0 with a sum of 1")
     write_data_files(paths, ())  # fails early
-    rows_of, kept = defaultdict(list), {}
+    rows_of = defaultdict(list)
     for _, text, labels, others in read_examples(table_path, needs_labels=True):
         if clash := {"text", "label"} & others.keys():
-            raise InputError(f"{table_path}: rename the column {min(clash)!r}, which is not used")
+            raise InputError(f"{table_path}: rename the column {min(clash)!r}, not used here")
         rows_of[" ".join(text.split())].append({"text": text, "label": labels, **others})
-    num_empty, num_joined = len(rows_of.pop("", [])), 0
-    for rows in rows_of.values():  # a database exports a row for each label of a text
+    num_empty, joined, old = len(rows_of.pop("", [])), Counter(), {}
+    for text, rows in rows_of.items():  # a database exports a row for each label of a text
         if len({frozenset(row["label"]) for row in rows}) > 1:
             rows[0]["label"] = list(dict.fromkeys(chain(*(row["label"] for row in rows))))
-            num_joined += len(rows)
+            joined[text] = len(rows)
             del rows[1:]
-    if num_empty or num_joined:
-        log("note", "rows", left_out_without_text=num_empty, joined_by_equal_text=num_joined)
+    if num_empty or joined:
+        most = [f"{text:.40} ({times})" for text, times in joined.most_common(1)]
+        log("note", "rows", without_text=num_empty, joined_by_text=joined.total(), most_of=most)
     for number, path in enumerate(paths):
         for _, text, *_ in read_examples(path) if os.path.exists(path) else ():
-            kept[" ".join(text.split())] = number
-    kept, parts = {text: kept[text] for text in kept if text in rows_of}, [[], [], []]
+            old[" ".join(text.split())] = number
+    kept, parts = {text: old[text] for text in old if text in rows_of}, [[], [], []]
     for text, number in stratify(rows_of, kept).items():
         parts[number] += rows_of[text]
     if not all(parts):
-        raise InputError(f"{table_path}: {len(rows_of)} different texts are too few to split")
+        raise InputError(f"{table_path}: {len(rows_of)} different texts are too few")
     write_data_files(paths, parts)
-    sizes = dict(zip(("train", "dev", "test"), map(len, parts)))
-    log("split", table_path, **sizes, texts_kept=len(kept), texts_new=len(rows_of) - len(kept))
+    sizes, n = dict(zip(("train", "dev", "test"), map(len, parts))), len(kept)
+    log("split", table_path, **sizes, texts_kept=n, texts_new=len(rows_of) - n, gone=len(old) - n)
 
 
 def stratify(rows_of, kept):
@@ -206,18 +208,18 @@ def stratify(rows_of, kept):
 
 
 def write_data_files(paths, parts):
-    """Write rows to the data files that split.json lists as written here, else raise InputError."""
+    """Write rows to the data files, or raise InputError unless split.json lists old ones."""
     record_path = os.path.join(os.path.dirname(paths[0]), "split.json")
     written = load_json(record_path)["sha256"] if os.path.exists(record_path) else []
     old = {path: Path(path).read_bytes() for path in paths if os.path.exists(path)}
     own = [str(path) for path in old if hashlib.sha256(old[path]).hexdigest() not in written]
     if own:
         remedy = "move them away, or name other files in data_preprocess.py"
-        raise InputError(f"{', '.join(own)}: would be replaced, but are your own; {remedy}")
+        raise InputError(f"{', '.join(own)}: your own, would be replaced; {remedy}")
     for path, rows in zip(paths, parts):
         content = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
         written.append(hashlib.sha256(content).hexdigest())
-        dump_json({"sha256": written}, record_path)  # before the file: a kill may come between
+        dump_json({"sha256": written}, record_path)  # first: a kill may come between
         with atomic_write(path) as temporary:
             Path(temporary).write_bytes(content)
 
@@ -230,23 +232,23 @@ def read_examples(data_path, needs_labels=False):
         row = {"text": row.rstrip("\r\n")} if isinstance(row, str) else row
         text, labels = row.pop("text", None), row.pop("label", None)
         if not isinstance(text, str):
-            raise InputError(f'{location}: "text" must be a string, but is {text!r:.40}')
+            raise InputError(f'{location}: "text" is {text!r:.40}, not a string, of {[*row]!s:.60}')
         if not isinstance(labels, (list, type(None))) or needs_labels and labels is None:
-            remedy = "in JSONL write a list, for a table set label_columns"
-            raise InputError(f'{location}: "label" is {labels!r:.40}; {remedy}')
+            remedy = f"in JSONL write a list; of a table set label_columns: {[*row.get(None, row)]}"
+            raise InputError(f'{location}: "label" is {labels!r:.40}; {remedy:.120}')
         for label in labels or ():
             if not isinstance(label, str) or label != label.strip() or not fold_spelling(label):
                 rule = "must be a name in quotes, without spaces around it"
                 raise InputError(f"{location}: a label {rule}, but one is {label!r:.40}")
         if re.search("[\ud800-\udfff]", "".join((text, *(labels or ())))):
-            raise InputError(f"{location}: half a character, a lone \\udxxx, in {text!r:.40}")
+            raise InputError(f"{location}: half a character, \\udxxx, in {text!r:.40}")
         yield location, text, labels, row.pop(None, row)
     if location is None:
         raise InputError(f'{data_path}: no examples; a line is {{"text": "...", "label": ["..."]}}')
 
 
 def read_jsonl(data_path):
-    """Yield ("file:line", object) for each line not blank. Raises InputError if it is not JSON."""
+    """Yield ("file:line", object) for each line not blank, or raise InputError."""
     for location, line in read_lines(data_path):
         row = line.strip()
         with suppress(ValueError, RecursionError):
@@ -263,12 +265,12 @@ def read_table(table_path):
     columns = [label_columns] if isinstance(label_columns, str) else list(label_columns)
     header = next((cells for _, cells in read_cells(table_path)), {text_column: ""})
     missing = [column for column in columns if column not in header]
-    if text_column not in header or 0 < len(missing) < len(columns) or text_column in columns:
+    some = 0 < len(missing) < len(columns) or len({text_column, *columns}) <= len(columns)
+    if some or text_column not in header:
         names = f"{[text_column, *columns]} are not all different ones of {[*header]}"
         raise InputError(f"{table_path}: {names}; set text_column and label_columns")
     if not label_separator or quotes not in ("auto", True, False):
-        given = f"label_separator = {label_separator!r}, quotes = {quotes!r}"
-        raise InputError(f"{given}: out of range")
+        raise InputError(f"label_separator = {label_separator!r}, quotes = {quotes!r}: invalid")
     columns = [] if missing else columns
     values, yes, no = {c: set() for c in columns}, {"1", "1.0", "true"}, {"0", "0.0", "false", ""}
     for _, cells in read_cells(table_path) if columns else ():
@@ -292,8 +294,8 @@ def read_table(table_path):
 
 
 def split_cell(location, cell):
-    """Return the labels of a cell: names joined by label_separator, or in a list of Python."""
-    names, is_literal = cell.split(label_separator), cell.startswith(("{", "[{", '["', "['"))
+    """Return the labels of a cell: names with label_separator between, or a list of Python."""
+    names, is_literal = cell.split(label_separator), cell.startswith(("{", "[{", '["', "['", "('"))
     if is_literal or cell.startswith("[") and cell.endswith("]"):
         try:
             names = ast.literal_eval(cell)
@@ -302,12 +304,12 @@ def split_cell(location, cell):
         joined = re.search(r"""['"]\s+['"]""", cell)  # as NumPy writes it
         if joined or not isinstance(names, list) or not all(isinstance(x, str) for x in names):
             remedy = f"write a{label_separator}b, or ['a', 'b']"
-            raise InputError(f"{location}: the labels {cell!r:.40} are no list of names; {remedy}")
+            raise InputError(f"{location}: labels {cell!r:.40} are no list of names; {remedy}")
     return [name for name in map(str.strip, names) if name]
 
 
 def read_cells(table_path):
-    """Yield ("file:line", {column: cell}) for each row not blank, or raise if it does not fit."""
+    """Yield ("file:line", {column: cell}) for each row not blank, or raise InputError."""
     lines = (line for _, line in read_lines(table_path))
     first, header = next(lines, ""), []
     separator = re.fullmatch(r'"?sep=(.)"?\s*', first)  # a first line for Excel
@@ -319,29 +321,28 @@ def read_cells(table_path):
     options = {"quoting": csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE, "strict": True}
     options["skipinitialspace"] = True
     rows = csv.reader(chain([first], lines), delimiter=delimiter, **options)
-    location, plain = f"{table_path}:1", "if quotes are characters like others, set quotes = False"
+    location, plain = f"{table_path}:1", "save as CSV UTF-8; if quotes are plain, quotes = False"
     try:
         for cells in rows:
             last = max((n for n, cell in enumerate(cells, 1) if cell.strip()), default=0)
-            for cell in cells if quotes == "auto" else ():
-                breaks = len([line for line in cell.split("\n") if line.strip()]) - 1
-                if breaks > 0 and cell.count(delimiter) >= breaks * (len(header) - 1):
-                    fault = f"{breaks + 1} lines that may be rows of their own, from {cell!r:.40}"
-                    raise InputError(f"{location}: {fault}; if not, set quotes = True; {plain}")
+            parts = [line for line in delimiter.join(cells).split("\n") if line.strip()]
+            fit = {line.count(delimiter) for line in parts} == {first.count(delimiter)}
+            if fit and len(parts) > 1 and quotes == "auto":
+                fault = f"{len(parts)} lines that may be rows of their own, from {parts[0]!r:.40}"
+                raise InputError(f"{location}: {fault}; if not, set quotes = True; {plain}")
             if not header:
                 names = cells
                 header = [cell.strip() or f"column {n}" for n, cell in enumerate(cells[:last], 1)]
                 if len(set(header)) < len(header):
-                    raise InputError(f"{location}: columns of one name in {header}; rename one")
+                    raise InputError(f"{location}: columns of one name in {header}")
             elif last and (len(cells) < len(header) or last > len(header)):
-                cause = f"a line break or {delimiter!r} that is not in quotes, or cells left out"
                 sizes = f"{len(cells)} cells under {len(header)} columns"
-                raise InputError(f"{location}: {sizes}: {cause}")
+                raise InputError(f"{location}: {sizes}: some left out, or {delimiter!r} unquoted")
             elif last and cells != names:  # two files were joined
                 yield location, dict(zip(header, cells))
             location = f"{table_path}:{rows.line_num + 1 + bool(separator)}"
     except csv.Error as error:
-        raise InputError(f"{location}: {error}; double the quotes in a cell, or {plain}") from None
+        raise InputError(f"{location}: {error}; double quotes in cells, or {plain}") from None
 
 
 def read_lines(data_path):
@@ -353,19 +354,19 @@ def read_lines(data_path):
 
 
 def decode_utf8(location, content):
-    """Return bytes as a string, without byte order marks. Raises InputError if not UTF-8 text."""
+    """Return bytes in UTF-8 as a string without byte order marks, or raise InputError."""
     with suppress(UnicodeDecodeError):
         text = content.decode("utf-8")
         if "\0" not in text:
             return text.lstrip("\ufeff")
-    remedy = "in Excel save as CSV UTF-8; unpack an archive; iconv -f GB18030 (or WINDOWS-1252, "
-    remedy += f"if it says {content[:30].decode('cp1252', 'ignore')!r}) -t UTF-8 OLD > NEW"
-    raise InputError(f"{location}: not text in UTF-8; {remedy}")
+    says = f"if it says {content[:30].decode('cp1252', 'ignore')!r}"
+    remedy = f"unpack; or iconv -f GB18030 (or UTF-16; WINDOWS-1252 {says}) -t UTF-8 OLD > NEW"
+    raise InputError(f"{location}: not text in UTF-8; in Excel save as CSV UTF-8; {remedy}")
 
 
 @contextmanager
 def atomic_write(out_path):
-    """Give a temporary path; at the end of the block it replaces out_path: never half a file."""
+    """Give a temporary path, which at the end replaces out_path: never half a file."""
     target = os.path.realpath(out_path)  # a symbolic link stays one
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -373,7 +374,7 @@ def atomic_write(out_path):
         with open(f"{target}.tmp", "rb+") as file:
             os.fsync(file.fileno())  # a power cut cannot lose it
         os.replace(f"{target}.tmp", target)
-    except (OSError, RuntimeError) as error:  # of a full disk; torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # full disk; the latter of torch.save
         raise InputError(f"{out_path}: cannot be written ({error})") from None
     finally:
         with suppress(OSError):
@@ -385,21 +386,20 @@ class InputError(ValueError):
 
 
 def run_script(main, takes_texts=False):
-    """Call main(); what the user can fix ends it with one line, Ctrl-C and SIGTERM with none."""
+    """Call main(); errors of the user end it with a line, Ctrl-C and SIGTERM with none."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console may not be able to show Chinese
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = sys.argv[1:]
     if takes_texts:  # all but what starts with a hyphen, up to --
-        options = [
-            text for text in takewhile(lambda text: text != "--", options) if text.startswith("-")
-        ]
+        options = takewhile(lambda text: text != "--", options)
+        options = [text for text in options if text.startswith("-")]
     try:
         if {"-h", "--help"} & {*options[:1]}:
             return print(sys.modules["__main__"].__doc__)
         if options:
-            raise InputError(f"{options[0]!r}: settings are constants in the script; see --help")
+            raise InputError(f"{options[0]!r}: settings are constants at the top; see --help")
         main()
     except BrokenPipeError:  # as in: python predict.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -420,19 +420,19 @@ def run_script(main, takes_texts=False):
 
 
 def get_world_size():
-    """Return the number of processes that torchrun started; 1 without it."""
+    """Return the number of processes of torchrun; 1 without it."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # a cluster may set some
     numbers = [os.environ.get(name, "") for name in names]
     return int(numbers[0]) if all(map(str.isdecimal, numbers)) else 1
 
 
 def is_main_process():
-    """Return whether this is the process that prints and writes files: the only one, or rank 0."""
+    """Return whether this process prints and writes files: the only one, or rank 0."""
     return get_world_size() == 1 or os.environ["RANK"] == "0"
 
 
 def log(event, message="", **fields):
-    """Print `event message key=value …`; long lines are wrapped, each starts with the event."""
+    """Print `event message key=value …`, wrapped; each line starts with the event."""
     if is_main_process():
         text = " ".join([message, *(f"{key}={value}" for key, value in fields.items())]).strip()
         for line in textwrap.wrap(escape(text), 91, break_long_words=False, break_on_hyphens=False):
@@ -440,7 +440,7 @@ def log(event, message="", **fields):
 
 
 def escape(text):
-    """Return a text with line breaks and other invisible characters shown as escapes."""
+    """Return a text with line breaks and other invisible characters as escapes."""
     return "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in text)
 
 
@@ -452,7 +452,7 @@ def main():
     elif os.path.isdir("./data/sample") and not any(map(os.path.exists, paths)):
         sample = [f"./data/sample/{os.path.basename(path)}" for path in paths]
         write_data_files(paths, [[row for _, row in read_jsonl(path)] for path in sample])
-        log("note", "no data yet: ./data/sample is copied; for your own table set table_path")
+        log("note", "no data yet: copied ./data/sample; for your own table set table_path")
     preprocess(train_data_path, label2idx_path, other_paths=filter(os.path.exists, paths[1:]))
 
 

@@ -20,15 +20,17 @@ import stat
 import sys
 import threading
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import chain, count, islice
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from scipy.sparse import csr_matrix
+from sklearn.preprocessing import MultiLabelBinarizer
 from tqdm import tqdm
 
 import data_preprocess
@@ -60,7 +62,7 @@ texts = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今�
 
 
 def predict(texts):
-    """Return one list of labels per text, in label order. Raises InputError without a model."""
+    """Return one list of labels per text, in label order, or raise InputError."""
     return [[label for label, _ in pairs] for pairs in predict_with_scores(texts)]
 
 
@@ -85,7 +87,7 @@ def predict_proba(texts):
 
 
 def get_labels():
-    """Return the labels of the model in the order of predict_proba's columns, a list of C str."""
+    """Return the C labels in the order of predict_proba's columns."""
     return list(get_model()[2])
 
 
@@ -93,7 +95,7 @@ def get_labels():
 def predict_file():
     """Label the texts of input_path in output_path; print metrics where the input has labels.
 
-    A chunk is in memory at a time; a killed run goes on after its last one, to the same bytes.
+    A chunk is in memory at a time; a killed run goes on after its last one.
     """
     rank, world_size = init_distributed(device)
     model, tokenizer, label2idx = get_model()
@@ -129,7 +131,7 @@ def predict_file():
 
 
 def format_row(example, probs, chosen, names):
-    """Return the output for an example of read_examples, a dict; probs, chosen: (C,) each."""
+    """Return the output, a dict, for an example of read_examples; probs, chosen: (C,) each."""
     _, text, true, others = example
     columns, row = np.flatnonzero(chosen), {} if true is None else {"true": true}
     row["label"] = [names[c] for c in columns]
@@ -144,7 +146,7 @@ def format_row(example, probs, chosen, names):
 
 
 def iter_probs(texts, model, tokenizer, label2idx, bar=None):
-    """Yield the probabilities of chunk_size texts at a time, (B, C) float32, in their order."""
+    """Yield the probabilities of chunk_size texts at a time, (B, C) float32, in order."""
     length, tail = get_truncation(model.bert.config)
     for start in range(0, len(texts), chunk_size):
         examples = [(None, text, (), None) for text in texts[start : start + chunk_size]]
@@ -159,13 +161,13 @@ def iter_probs(texts, model, tokenizer, label2idx, bar=None):
 
 
 def get_truncation(config):
-    """Return (max_len, keep_tail): the constants, or where they are None those of training."""
+    """Return (max_len, keep_tail): the constants, or if None those of training."""
     values = zip((max_len, keep_tail), config.truncation)
     return [trained if value is None else value for value, trained in values]
 
 
 def choose_labels(probs, thresholds):
-    """Return which labels each text gets, (N, C) bool: by thresholds, min_labels, max_labels."""
+    """Return which labels each text gets, (N, C) bool."""
     above = probs > thresholds
     if not min_labels and max_labels is None:
         return above
@@ -175,7 +177,7 @@ def choose_labels(probs, thresholds):
 
 
 def get_thresholds(config, names):
-    """Return the threshold of each label, (C,) float32: the constant `threshold`, or tuned ones."""
+    """Return the threshold of each label, (C,) float32: `threshold`, or tuned ones."""
     by_label = threshold
     if threshold in ("single", "by_label"):
         by_label = config.thresholds.get(threshold)
@@ -189,7 +191,7 @@ def get_thresholds(config, names):
 
 
 def get_model():
-    """Return (model on `device`, tokenizer, label2idx); loaded once, and again after a training."""
+    """Return (model, tokenizer, label2idx), loaded once, and again after a training."""
     dtype = choose_dtype(precision, device)
     with load_lock:  # of many threads one loads it, the others wait
         loaded = load_once(save_model_path, label2idx_path, device, dtype, model_times())
@@ -203,13 +205,31 @@ def get_model():
 
 @functools.lru_cache(maxsize=1)
 def load_once(model_path, label2idx_path, device, dtype, times):
-    """Return what get_model does; times tell one model from the next."""
+    """Return what get_model does; a new model has other times."""
     limit_threads()
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
     if os.path.exists(os.path.join(os.path.dirname(get_pth_path(model_path)), "checkpoint.pth")):
         log("note", f"{model_path}: of a run that is not finished, the best epoch so far")
     model.bert.to(dtype)
+    if dtype == torch.bfloat16 and str(device) == "cpu":
+        pack_linears(model.bert)
     return model.to(device), tokenizer, label2idx
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer in bf16 whose weight lies in memory as oneDNN multiplies it fastest."""
+
+    def forward(self, states):
+        return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
+
+
+def pack_linears(bert):
+    """Pack the weights of a BERT on the CPU, which must not change any more."""
+    for module in bert.encoder.modules():
+        with suppress(AttributeError, RuntimeError):  # a PyTorch without oneDNN
+            if type(module) is nn.Linear:
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+                module.__class__ = PackedLinear
 
 
 def model_times():
@@ -220,7 +240,7 @@ def model_times():
 
 
 def check_texts(texts):
-    """Return `texts` as a list. Raises InputError unless they are strings in a list or alike."""
+    """Return a list of texts, or raise InputError if they are none."""
     is_flat = isinstance(texts, Iterable) and getattr(texts, "ndim", 1) == 1  # a DataFrame is not
     if not is_flat or isinstance(texts, (str, bytes, Mapping)):
         remedy = 'such as ["a text", "another"], or the column of a table: table["text"]'
@@ -233,7 +253,7 @@ def check_texts(texts):
 
 
 def check_paths(names):
-    """Raise InputError unless input and output are two files, and the labels fit the output."""
+    """Raise InputError unless input and output are two files that can hold the labels."""
     if not os.path.isfile(input_path):  # not a pipe either: it is read twice
         raise InputError(f"input_path = {input_path!r}: not a file in {os.getcwd()}")
     if Path(output_path).suffix.lower() not in (".json", ".jsonl", ".csv", ".tsv"):
@@ -252,23 +272,23 @@ def is_table(path):
 
 
 def check_input(label2idx):
-    """Return the number of texts. Raises InputError at an invalid line; notes unknown labels."""
+    """Return the number of texts, or raise InputError; print unknown labels."""
     num_texts, unknown = 0, Counter()
     ours = {"true", "label", "probability", *(f"probability {name}" for name in label2idx)}
     for location, _, labels, others in read_examples(input_path):
         clash = ours & {*others, data_preprocess.text_column}
         if clash:
-            raise InputError(f"{location}: rename the column {min(clash)!r}: it is of the output")
+            raise InputError(f"{location}: rename the column {min(clash)!r}, also of the output")
         unknown.update(label for label in labels or () if label not in label2idx)
         num_texts += 1
     if unknown:
         names = ", ".join(f"{name} ({times})" for name, times in unknown.most_common(5))
-        log("note", f"{len(unknown)} labels that the model lacks, left out of the scores: {names}")
+        log("note", f"{len(unknown)} labels that the model lacks, not in the scores: {names}")
     return num_texts
 
 
 def open_part(part_path, thresholds, config):
-    """Return how many texts part_path has, in whole chunks; what follows these is cut off."""
+    """Return how many texts part_path has, in whole chunks; cut off what follows."""
     names = "device precision min_labels max_labels all_probabilities chunk_size input_path".split()
     settings = {name: str(globals()[name]) for name in names}
     for name in ("text_column", "label_columns", "label_separator", "quotes"):
@@ -303,30 +323,23 @@ def open_part(part_path, thresholds, config):
 
 def finish_output(part_path, label2idx):
     """Write the rows of part_path to output_path; print metrics of those with labels."""
-    columns = {"true": array("q"), "label": array("q")}  # number of the text * C + column
-    num_labels, numbers = len(label2idx), count()
 
-    def read_rows(counts=True):
+    def read_rows():
         with open(part_path, encoding="utf-8", newline="") as lines:
             next(lines)  # the settings
-            for line in lines:
-                row = json.loads(line)
-                start = next(numbers) * num_labels if counts and "true" in row else None
-                for key, found in columns.items() if start is not None else ():
-                    known = (label2idx[name] for name in row[key] if name in label2idx)
-                    found.extend(start + column for column in known)
-                yield row
+            yield from map(json.loads, lines)
 
-    header = dict.fromkeys(chain(*read_rows(counts=False))) if is_table(output_path) else ()
+    header = dict.fromkeys(chain(*read_rows())) if is_table(output_path) else ()
     write_rows(read_rows(), output_path, header)
+    binarizer = MultiLabelBinarizer(classes=list(label2idx), sparse_output=True)
+    matrices = []
+    for key in ("true", "label"):
+        rows = (row[key] for row in read_rows() if "true" in row)
+        known = ([name for name in row if name in label2idx] for row in rows)
+        matrices.append(csr_matrix(binarizer.fit_transform(known), dtype=bool))
+    true, predicted = matrices
     os.remove(part_path)
-    num_texts = next(numbers)
-    if num_texts:
-        cells = (np.divmod(np.array(found), num_labels) for found in columns.values())
-        true, predicted = (
-            csr_matrix((np.ones(len(rows), dtype=bool), (rows, cols)), (num_texts, num_labels))
-            for rows, cols in cells
-        )
+    if true.shape[0]:
         by_label = per_label_metrics(true, predicted, list(label2idx))
         log_label_metrics(by_label, f"see `true` in {output_path}")
         scores = {name: f"{value:.3f}" for name, value in compute_metrics(true, predicted).items()}
@@ -334,7 +347,7 @@ def finish_output(part_path, label2idx):
 
 
 def main():
-    """Label the texts or the file of the command line; else input_path; else print `texts`."""
+    """Label the texts or the file of the command line, else input_path, else `texts`."""
     global input_path, output_path
     given, formats = sys.argv[1:], (".csv", ".tsv", ".json", ".jsonl", ".txt")
     is_file = [os.path.isfile(x) or x.endswith(formats) and " " not in x for x in given]

@@ -19,11 +19,9 @@ import time
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import transformers
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score
@@ -35,8 +33,7 @@ import bert_multilabel_cls
 from bert_multilabel_cls import BertMultiLabelCls, autocast, check_number, check_truncation
 from bert_multilabel_cls import choose_dtype, clear_errors, complete_save, find_encoder
 from bert_multilabel_cls import get_pth_path, init_classifier, limit_threads, load_label2idx
-from bert_multilabel_cls import load_model, load_pretrained, parameter_groups, predict_batches
-from bert_multilabel_cls import save_model
+from bert_multilabel_cls import load_model, load_pretrained, predict_batches, save_model
 from data_helper import GroupedBatchSampler, MultiClsDataSet, all_gather_object, broadcast_object
 from data_helper import build_scratch_encoder, collect_predictions, compute_metrics, eval_dataloader
 from data_helper import init_distributed, log_label_metrics, metrics_report, misclassified
@@ -55,10 +52,10 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a GPU "fp16"
 
 # "auto" is by the data and the encoder, and is printed; a number is taken as it is.
-lr = "auto"  # peak learning rate of the encoder; 2e-5 at base size, 8e-5 for a hidden size of 384
+lr = "auto"  # peak learning rate; 2e-5 at base size, 8e-5 for a hidden size of 384
 head_lr_factor = 10  # pooler and classifier learn so many times as fast; not from scratch
 epochs = "auto"  # 10, on little data as many as make 650 steps
-batch_size = "auto"  # texts per process, up to 32; if memory runs out halve it, double the next
+batch_size = "auto"  # texts per process; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
 keep_tail = 0  # tokens of a truncated text that are kept from its end
@@ -71,13 +68,13 @@ seed = 42
 best_metric = "accuracy"  # on dev: "accuracy", "micro_f1", "macro_f1", "samples_f1" or "loss"
 patience = 0  # stop after this many epochs without improvement; 0 to disable
 log_steps = 100  # batches from one line with loss and accuracy to the next
-checkpoint_minutes = 10  # from one checkpoint to the next, besides the one after every epoch
+checkpoint_minutes = 10  # from checkpoint to checkpoint; one more after every epoch
 resume = True  # continue an interrupted run; False starts over
 
 
 @only_process(lambda: output_path("train.lock"), "trains into this folder")
 def train():
-    """Train, keep the epoch that is best on dev, and test it. Resumes an interrupted run."""
+    """Train, keep the epoch that is best on dev, test it. Resumes an interrupted run."""
     check_constants()
     limit_threads()
     rank, world_size = init_distributed(device)
@@ -96,7 +93,8 @@ def train():
     dataloader = DataLoader(train_dataset, batch_size=None, sampler=sampler)
     dev_dataloader = eval_dataloader(dev_dataset, size, device, rank, world_size)
     num_batches = len(sampler)  # per epoch
-    num_steps = num_epochs * math.ceil(num_batches / accumulation_steps)  # of the optimizer
+    steps_per_epoch = math.ceil(num_batches / accumulation_steps)  # of the optimizer
+    num_steps = num_epochs * steps_per_epoch
 
     # Model, loss, optimizer.
     torch.manual_seed(seed)
@@ -106,10 +104,7 @@ def train():
     init_classifier(model, train_dataset.label_counts, len(train_dataset), sums)
     network = model if world_size == 1 else DistributedDataParallel(model)
     criterion = losses[loss_name]
-    groups = parameter_groups(model, encoder_lr, head_lr, weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    warmup = round(warmup_ratio * num_steps)
-    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, num_steps)
+    optimizer, scheduler = create_optimizer(model, encoder_lr, head_lr, num_steps)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
     log_setup(model, dtype, train_dataset)
     log("plan", epochs=num_epochs, batch_size=size, steps=num_steps, lr=f"{encoder_lr:g}")
@@ -130,7 +125,7 @@ def train():
             train_loss = torch.tensor(train_loss, device=device)  # a tensor: no sync per batch
             for i, batch in enumerate(dataloader, start_batch):
                 step = epoch * num_batches + i
-                torch.manual_seed(hash((seed, step, rank)))  # a resumed run gets the same dropout
+                torch.manual_seed(hash((seed, step, rank)))  # as in a resumed run
                 *inputs, labels = (tensor.to(device) for tensor in batch)
                 sync_gradients = (i + 1) % accumulation_steps == 0 or i + 1 == num_batches
                 network.require_backward_grad_sync = sync_gradients  # DDP: once per optimizer step
@@ -153,8 +148,8 @@ def train():
                 checkpoint.save(epoch, num_batches, train_loss, history, signals)
 
             # Evaluate on dev; keep the best epoch.
-            dev_loss, _, predictions = dev(model, dev_dataloader, nn.BCELoss(), True)
-            mean_loss = fmean(all_gather_object(train_loss.item())) * num_epochs / num_steps
+            dev_loss, _, predictions = dev(model, dev_dataloader, criterion, True)
+            mean_loss = sum(all_gather_object(train_loss.item())) / world_size / steps_per_epoch
             row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss}
             metrics = compute_metrics(predictions.true, predict_labels(predictions.probs))
             row |= {name: float(value) for name, value in metrics.items()}
@@ -174,13 +169,13 @@ def train():
 
 
 def get_acc_score(y_true_tensor, y_pred_tensor):
-    """Return the share of rows with all labels right at > 0.5; labels and probabilities, (N, C)."""
+    """Return the share of texts with all labels right at > 0.5, of two tensors (N, C)."""
     predicted = (y_pred_tensor.detach().cpu() > 0.5).int().numpy()
     return accuracy_score(y_true_tensor.cpu().numpy(), predicted)
 
 
 def dev(model, dataloader, criterion, return_predictions=False):
-    """Return (mean loss, accuracy) over a DataLoader; with return_predictions also Predictions."""
+    """Return (mean loss, accuracy) of a DataLoader; with return_predictions also Predictions."""
     batches = predict_batches(model, dataloader, choose_dtype(precision, device))
     by_length = dataloader.batch_size is None  # of eval_dataloader: a share of the batches
     sampler = iter(dataloader.sampler) if by_length else None
@@ -208,10 +203,10 @@ def test(model_path, test_data_path, return_report=False):
 
 def focal_loss(probs, labels):
     """Return the mean of -(1 - p)^1 log p, p of what is right: arXiv 1708.02002, eq. 4."""
-    return ((probs - labels).abs() * F.binary_cross_entropy(probs, labels, reduction="none")).mean()
+    return ((probs - labels).abs() * nn.BCELoss(reduction="none")(probs, labels)).mean()
 
 
-# What training minimizes, of probabilities and labels (B, C); dev and test always have BCELoss.
+# What training minimizes, of probabilities and labels (B, C).
 losses = {"bce": nn.BCELoss(), "focal": focal_loss}
 
 
@@ -232,7 +227,7 @@ def check_constants():
 
 
 def check_data(label2idx):
-    """Read all files: a bad line is reported now, not hours later. Print what does not fit."""
+    """Read all files: a bad line is reported now, not hours later."""
     paths = {"train": train_path, "dev": dev_path, "test": test_path}
     files = {name: scan_examples(path) for name, path in paths.items()}
     check_labels_known(files, label2idx)
@@ -241,11 +236,12 @@ def check_data(label2idx):
         missing = sorted(label2idx.keys() - file.label_counts)
         if missing:
             some = f"{len(missing)} labels without an example in {name} ({', '.join(missing):.40})"
-            log("note", f"{some} count 0 in macro_f1; is {label2idx_path} of older data?")
+            remedy = f"; is {label2idx_path} of older data?" if name == "train" else ""
+            log("note", f"{some} count 0 in macro_f1{remedy}")
 
 
 def load_encoder():
-    """Return (BertModel, tokenizer), of a small BERT from scratch if the default one is missing."""
+    """Return (BertModel, tokenizer); a small BERT from scratch if the default one is missing."""
     name = bert_multilabel_cls.pretrained_model
     folder, error_message = broadcast_object(lambda: find_encoder(name))
     if not folder and name != bert_multilabel_cls.default_model:
@@ -279,8 +275,21 @@ def plan(bert, num_texts, min_steps=650):
     return num_epochs, size, encoder_lr, head_lr
 
 
+def create_optimizer(model, encoder_lr, head_lr, num_steps):
+    """Return (AdamW, its schedule); the head is pooler and classifier; vectors do not decay."""
+    head_ids = {id(p) for p in (*model.bert.pooler.parameters(), *model.fc.parameters())}
+    groups = {}
+    for p in sorted(model.parameters(), key=lambda p: id(p) in head_ids):  # encoder first
+        key = head_lr if id(p) in head_ids else encoder_lr, weight_decay if p.ndim > 1 else 0.0
+        groups.setdefault(key, []).append(p)
+    groups = [{"params": ps, "lr": key[0], "weight_decay": key[1]} for key, ps in groups.items()]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    warmup = round(warmup_ratio * num_steps)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, num_steps)
+
+
 def log_setup(model, dtype, dataset):
-    """Print the model, which constants are "auto", and whether the encoder knows the texts."""
+    """Print the model, what is "auto", and whether the encoder knows the texts."""
     size = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M"
     name = model.bert.name_or_path or "small BERT from scratch"
     log("model", f"{name} on {device}", parameters=size, dtype=str(dtype).split(".")[1])
@@ -290,11 +299,11 @@ def log_setup(model, dtype, dataset):
         log("auto", f"{auto}: chosen for {len(dataset)} texts and {size}")
     unknown = (dataset.ids == (dataset.tokenizer.unk_token_id or -1)).float().mean().item()
     if unknown > 0.03:
-        log("note", f"{unknown:.1%} of the tokens are unknown to this encoder; another language?")
+        log("note", f"{unknown:.1%} of the tokens are unknown; an encoder of another language?")
 
 
 def get_run_config(bert, dtype, train_dataset):
-    """Return {name: value} of the constants, and what else must not change before a run resumes."""
+    """Return {name: value} of all that must not change before a run resumes."""
     names = [name for name, value in globals().items() if isinstance(value, (int, float, str))]
     config = {name: globals()[name] for name in names if not name.startswith("_")}
     config |= {"save_model_path": str(save_model_path), "device": str(device), "dtype": str(dtype)}
@@ -308,14 +317,14 @@ def get_run_config(bert, dtype, train_dataset):
 
 
 class Checkpoint:
-    """Where a run is, with its config: on disk every checkpoint_minutes, after epochs, signals."""
+    """Where a run is: on disk every checkpoint_minutes, after epochs and signals."""
 
     def __init__(self, config, *parts):
         self.path, self.config, self.parts = output_path("checkpoint.pth"), config, parts
         self.run_name, self.saved_at = time.strftime("%Y-%m-%d_%H-%M-%S"), time.monotonic()
 
     def restore(self, rank):
-        """Return (epoch, batch, train loss so far, history), with all parts as they were saved."""
+        """Return (epoch, batch, train loss so far, history); load all parts."""
         if not resume or not os.path.exists(self.path):
             return 0, 0, 0.0, []
         start_over = f"to start over, delete {self.path} or set resume = False in train.py"
@@ -342,8 +351,7 @@ class Checkpoint:
 
     def save(self, epoch, batch, train_loss, history, signals):
         """Write the checkpoint, unless training has diverged. After a signal, exit."""
-        model, _, scheduler, _ = self.parts
-        check_finite(sum(parameter.detach().sum() for parameter in model.parameters()), scheduler)
+        check_finite(sum(parameter.detach().sum() for parameter in self.parts[0].parameters()))
         saved = {"config": self.config, "run_name": self.run_name, "history": history}
         saved |= {"epoch": epoch, "batch": batch, "losses": all_gather_object(float(train_loss))}
         if is_main_process():
@@ -360,7 +368,7 @@ class Checkpoint:
 
 @contextmanager
 def handle_signals():
-    """Give a list to which SIGTERM and Ctrl-C only add their number; a second Ctrl-C interrupts."""
+    """Give a list to which SIGTERM and Ctrl-C add their number; a second Ctrl-C interrupts."""
     signals, handlers = [], {}
 
     def handler(number, _):
@@ -378,20 +386,17 @@ def handle_signals():
 
 
 def log_batch(log_scalars, epoch, i, step, loss, labels, probs, scheduler):
-    """Print and draw the loss of a batch. Raises InputError if it is not finite."""
-    check_finite(loss, scheduler)
+    """Print and draw the loss of a batch, or raise InputError if it is not finite."""
+    check_finite(loss)
     shown = {"acc": f"{get_acc_score(labels, probs):.3f}", "loss": f"{loss.item():.4f}"}
     log("train", epoch=epoch + 1, batch=i, **shown)
     log_scalars({"train/loss": loss.item(), "train/lr": scheduler.get_last_lr()[0]}, step)
 
 
-def check_finite(value, scheduler):
+def check_finite(value):
     """Raise InputError if training has diverged."""
     if not math.isfinite(value.item()):
-        rate = scheduler.get_last_lr()[0]
-        raise InputError(
-            f'NaN at a learning rate of {rate:.2e}; lower lr, or set precision = "fp32"'
-        )
+        raise InputError('training has diverged: NaN; lower lr, or set precision = "fp32"')
 
 
 def log_epoch(log_scalars, row, step):
@@ -406,7 +411,7 @@ def log_epoch(log_scalars, row, step):
 
 
 def open_writer(run_name, next_step):
-    """Return a function that draws {name: value} at a step; without tensorboard it does nothing."""
+    """Return a function that draws {name: value} at a step, if tensorboard is installed."""
     writer, folder = None, output_path(f"runs/{run_name}")
     with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
@@ -435,9 +440,7 @@ def report(history, checkpoint):
     log("scores", f"of epoch {best_epoch}: {'/'.join(metrics['dev']['at_0.5'])}")
     for name, scores in metrics.items():
         cells = {t: scores[f"at_{t}"].values() for t in ("0.5", "single", "by_label")}
-        log(
-            name, **{t: "/".join(f"{value:.3f}" for value in values) for t, values in cells.items()}
-        )
+        log(name, **{t: "/".join(map("{:.3f}".format, values)) for t, values in cells.items()})
     if is_main_process():
         run = {"run_name": checkpoint.run_name, "best_epoch": best_epoch}
         run |= {"torch": torch.__version__, "transformers": transformers.__version__}

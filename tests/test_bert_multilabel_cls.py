@@ -138,7 +138,7 @@ class Hostile:
         ({"bert.pooler.dense.bias": None}, "pooler.dense.bias"),
         ({f"bert.pooler.dense.{name}": None for name in ("weight", "bias")}, "pooler.dense.bias"),
         ({"fc.bias": None}, "fc.bias"),
-        ("other labels", "another run"),
+        ("other labels", "not of the run"),
         (None, "python train.py"),  # there is none
     ],
 )

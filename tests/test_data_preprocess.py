@@ -49,7 +49,7 @@ def test_preprocess_sorts_labels_and_says_what_it_found(preprocess):
     events = preprocess(EXAMPLES, EXAMPLES[:1], [("x", ["体育"])] * 3)
     label2idx = data_preprocess.load_json("label2idx.json")
     assert [*label2idx.items()] == [("中超", 0), ("体育", 1), ("股市", 2), ("财经", 3)]
-    assert events["texts"] == "count=6 labels=4 label_entries=10 "
+    assert events["texts"] == "count=6 unlabelled=1 labels=4 "
     assert events["length"] == "max_len=10 covers=90% longest=10 over_128=0 over_512=0 "
     shown = "体育 train=3 dev=1 test=3 财经 train=3 dev=0 test=0 中超 train=2 dev=1 test=0 "
     assert events["label"] == f"{shown}股市 train=2 dev=0 test=0 "
@@ -74,7 +74,7 @@ BAD_LINES = {  # a word of the sentence: such third lines
     r"without \[ \]": [b'[{"text": "a", "label": []}]', b"["],
     "JSON": [b'{"text": "a", "label": [}', b"{", b"text,label", b"[" * 10**5,
              b'{"text": "a", "label": []}{}', b'"text"', b"3"],
-    '"text" must be a string': [b'{"label": []}', b'{"Text": "a"}', b'{"text": 5, "label": []}'],
+    '"text" is': [b'{"label": []}', b'{"Text": "a"}', b'{"text": 5, "label": []}'],
     "half a character": [b'{"text": "a", "label": ["\\ud800"]}'],
     '"label" is None': [b'{"text": "", "labels": []}', b'{"text": "", "label": null}'],
     "list": [b'{"text": "a", "label": "x"}', b'{"text": "", "label": {"x": 1}}'],

@@ -100,18 +100,21 @@ def test_many_labels_start_from_the_texts_that_have_them(project, monkeypatch, c
         write_many_labels(copies)
         printed = train_and_read(monkeypatch, capsys, epochs=1, lr=0.0, batch_size=5)
         assert ("starts from the texts" in printed) == (copies == 125)
-        precisions.append(metrics()["dev"]["mean_average_precision"])
-    assert precisions[0] > 0.9 and precisions[1] < 0.8
+        precisions.append(metrics()["dev"]["precision@5"])
+    assert precisions[0] > 0.8, precisions
+    assert precisions[1] < 0.7
 
 
 def test_biases_and_layer_norm_do_not_decay_and_the_head_learns_faster(project):
     model = BertMultiLabelCls(None, 4)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in bert_multilabel_cls.parameter_groups(model, 1.0, 5.0, 0.01):
+    for group in train.create_optimizer(model, 1.0, 5.0, 1)[0].param_groups:
         for name in (names.pop(id(parameter)) for parameter in group["params"]):
             spared = "bias" in name or "LayerNorm" in name
             assert group["weight_decay"] == (0 if spared else 0.01), name
-            assert group["lr"] == (5 if name.startswith(("fc.", "bert.pooler.")) else 1), name
+            assert group["initial_lr"] == (5 if name.startswith(("fc.", "bert.pooler.")) else 1), (
+                name
+            )
     assert not names
 
 
@@ -270,7 +273,7 @@ def test_the_end_of_a_text_is_learned_from_with_keep_tail(project, monkeypatch, 
 
 
 def test_the_focal_loss_is_that_of_the_paper(project, monkeypatch):
-    """Equation 4 of Lin et al. 2017 at gamma = 1. Training has it, dev the BCELoss as ever."""
+    """Equation 4 of Lin et al. 2017 at gamma = 1. Every epoch has it, the report the BCELoss."""
     chance = torch.Generator().manual_seed(0)
     probs, labels = torch.rand(2, 5, 3, generator=chance, dtype=torch.float64)
     labels = labels.round()
@@ -281,7 +284,8 @@ def test_the_focal_loss_is_that_of_the_paper(project, monkeypatch):
     assert train.focal_loss(certain, certain) == 0
     assert train.focal_loss(certain, 1 - certain).isfinite()
     run(monkeypatch, loss_name="focal", epochs=1)
-    assert history()[0]["train_loss"] < 0.7 * history()[0]["dev_loss"]
+    losses = history()[0]["train_loss"], history()[0]["dev_loss"]
+    assert max(losses) < 0.7 * metrics()["dev"]["loss"]
 
 
 @pytest.fixture
@@ -335,7 +339,8 @@ def test_another_loss_is_one_entry_in_a_dict(copied):
     insert("train.py", r"^losses = \{", squared)
     insert("train.py", "^loss_name = ", '"squared"  # ')
     run_copy()
-    assert all(row["train_loss"] < 0.3 < row["dev_loss"] for row in history()[:2])
+    assert max(history()[0]["train_loss"], history()[0]["dev_loss"]) < 0.3
+    assert metrics()["dev"]["loss"] > 0.3
     assert metrics()["constants"]["loss_name"] == "squared"
 
 
@@ -436,7 +441,7 @@ def test_a_run_leaves_its_measurements_and_ends_with_a_table(project, monkeypatc
     assert expected.items() <= found["constants"].items() and torch.__version__ in str(found)
     assert found["test"]["by_label"]["体育"]["support"] == 1
     assert found["test"]["at_0.5"]["accuracy"] == train.test("model", train.test_path)
-    assert {"precision@3", "mean_average_precision"} <= found["test"].keys()
+    assert {"loss", "precision@3"} <= found["test"].keys()
     best = history()[found["best_epoch"] - 1]
     assert best["saved"] and best["micro_f1"] == found["dev"]["at_0.5"]["micro_f1"]
     lines = printed[printed.index("\nscores ") :].splitlines()[1:]  # the table at the end
@@ -505,7 +510,6 @@ def test_labels_without_an_example_are_counted(project, monkeypatch, capsys):
     found = re.findall(r"(\d) labels without an example in (\w+) ", printed)
     assert found == [("2", "train"), ("2", "dev"), ("3", "test")]
     assert "旧一, 旧二" in printed and "label2idx.json" in printed
-    assert metrics()["test"]["labels_without_examples"] == 3
 
 
 def test_a_run_that_was_not_finished_never_becomes_the_previous_one(project, monkeypatch):
