@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+import huggingface_hub
 import joblib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import HfApi, constants, snapshot_download
 from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 from transformers import BertTokenizer, PreTrainedTokenizerFast
@@ -81,19 +81,21 @@ def find_encoder(name):
         return name, ""
     needed = (r"\bconfig\.json", r"tokenizer\.json|vocab\.|\.model", r"\.safetensors|\.bin")
     with suppress(OSError, ValueError):  # not in the cache, or not a valid id
-        folder = snapshot_download(name, local_files_only=True)
+        folder = huggingface_hub.snapshot_download(name, local_files_only=True)
         if all(re.search(pattern, " ".join(os.listdir(folder))) for pattern in needed):
             return folder, ""
     try:
-        names = " ".join(f.rfilename for f in HfApi().model_info(name, timeout=8).siblings)
+        info = huggingface_hub.HfApi().model_info(name, timeout=8)
+        names = " ".join(file.rfilename for file in info.siblings)
     except Exception as error:  # of a proxy, too
+        constants = huggingface_hub.constants
         places = f"here, in {constants.HF_HUB_CACHE}, at {constants.ENDPOINT}"
         remedy = "set HF_ENDPOINT=https://hf-mirror.com, or pretrained_model to a local folder"
         return None, f"the encoder {name} was not found {places} ({error!s:.80}); {remedy}"
     weights = "model*.safetensors*" if ".safetensors" in names else "pytorch_model*.bin*"
     patterns = ["config.json", "*token*", "vocab.*", "*.model", weights]
     with clear_errors(f"{name}: the download failed; run again to go on"):
-        return snapshot_download(name, allow_patterns=patterns), ""
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns), ""
 
 
 @contextmanager

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from scipy.sparse import csr_matrix
-from sklearn.preprocessing import MultiLabelBinarizer
 from tqdm import tqdm
 
 import data_preprocess
@@ -331,8 +330,9 @@ def finish_output(part_path, label2idx):
 
     header = dict.fromkeys(chain(*read_rows())) if is_table(output_path) else ()
     write_rows(read_rows(), output_path, header)
-    binarizer = MultiLabelBinarizer(classes=list(label2idx), sparse_output=True)
-    matrices = []
+    from sklearn.preprocessing import MultiLabelBinarizer  # here, since this takes half a second
+
+    binarizer, matrices = MultiLabelBinarizer(classes=list(label2idx), sparse_output=True), []
     for key in ("true", "label"):
         rows = (row[key] for row in read_rows() if "true" in row)
         known = ([name for name in row if name in label2idx] for row in rows)

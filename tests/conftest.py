@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "100"  # lines as long as without a terminal
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -237,5 +238,5 @@ def offline(monkeypatch):
     def no_hub(*_, **__):
         raise ConnectionError("no network in tests")
 
-    monkeypatch.setattr(bert_multilabel_cls.HfApi, "model_info", no_hub)
-    monkeypatch.setattr(bert_multilabel_cls, "snapshot_download", no_hub)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)

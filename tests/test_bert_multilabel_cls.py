@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import huggingface_hub
 import pytest
 import torch
 import torch.nn as nn
@@ -354,9 +355,13 @@ def cache(tmp_path, monkeypatch, encoder_folder):
     shutil.copytree(encoder_folder, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    real, places = ours.snapshot_download, {"cache_dir": tmp_path / "hub"}
-    monkeypatch.setattr(ours, "snapshot_download", lambda *a, **k: real(*a, **k | places))
-    monkeypatch.setattr(ours.HfApi, "model_info", lambda *_, **__: pytest.fail("asked the hub"))
+    real, places = huggingface_hub.snapshot_download, {"cache_dir": tmp_path / "hub"}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: real(*a, **k | places)
+    )
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("asked the hub")
+    )
     monkeypatch.setattr(ours, "pretrained_model", "someone/tiny")
     return repository / "snapshots" / ("0" * 40)
 
@@ -395,7 +400,7 @@ def test_the_hub_is_the_last_resort(monkeypatch, encoder_folder):
         return encoder_folder
 
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in offered])
-    monkeypatch.setattr(ours.HfApi, "model_info", lambda *_, timeout: info)
-    monkeypatch.setattr(ours, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, timeout: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(ours, "pretrained_model", "someone/tiny")
     assert ours.BertMultiLabelCls(16, 3).bert.config.hidden_size == 16 and downloads == [needed]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import huggingface_hub
 import pytest
 import torch
 from sklearn.metrics import f1_score
@@ -175,7 +176,7 @@ def test_the_folder_alone_is_needed_wherever_it_is(trained, monkeypatch):
     dump_json({"别的": 0, "标签": 1}, "data/label2idx.json")
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", "someone/none")
     monkeypatch.setattr(socket.socket, "connect", never)
-    monkeypatch.setattr(bert_multilabel_cls, "snapshot_download", never)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
     shutil.move("model", "elsewhere")
     for path in ("./elsewhere/multi_label_cls.pth", "elsewhere"):
         set_constants(monkeypatch, save_model_path=path)

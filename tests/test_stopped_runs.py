@@ -50,8 +50,8 @@ for name in ("replace", "rename", "remove", "unlink", "rmdir"):
 shutil.copy2 = counted(shutil.copy2)
 """
 NO_HUB = """
-import bert_multilabel_cls as b, data_helper
-b.HfApi.model_info = b.snapshot_download = lambda *_, **__: open("no network in tests")
+import huggingface_hub as hub, data_helper
+hub.HfApi.model_info = hub.snapshot_download = lambda *_, **__: open("no network in tests")
 data_helper.scratch_config = dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
 """  # for the small BERT from scratch
 
