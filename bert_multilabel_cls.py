@@ -154,8 +154,8 @@ def load_network(cls, folder, config, state_dict=None):
 
 def load_tokenizer(folder, config, fine_tuned=False):
     """Return the tokenizer of a folder; if not fine_tuned the vocabulary decides on casing."""
-    paths = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer_config.json")]
-    described, settings = (load_json(path) if os.path.exists(path) else {} for path in paths)
+    paths = (Path(folder, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    described, settings = (load_json(path) if path.exists() else {} for path in paths)
     parts = ("'WordPiece'", "'BertNormalizer'", "'BertPreTokenizer'")
     is_bert = not described or all(part in str(described) for part in parts)
     cls = AutoTokenizer if is_bert else PreTrainedTokenizerFast  # read as it is
@@ -203,22 +203,22 @@ def save_model(model, tokenizer, label2idx, model_path, thresholds=None, truncat
     tokenizer.model_max_length, tokenizer.truncation_side = truncation[0], "right"
     state_dict._metadata[""]["labels"] = list(label2idx)  # torch.save keeps it
     folder, pth_name = os.path.split(get_pth_path(model_path))
-    unfinished, finished = (os.path.join(folder, name) for name in ("new.tmp", "finished.tmp"))
+    unfinished = Path(folder, "new.tmp")
     with clear_errors(f"{folder or '.'}: cannot be written"):
         complete_save(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
-        os.makedirs(unfinished)
+        unfinished.mkdir(parents=True)
         export(model, config).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        torch.save(state_dict, os.path.join(unfinished, pth_name))
+        torch.save(state_dict, unfinished / pth_name)
         names = sorted({*os.listdir(unfinished), "saved.json", *result_files})
-        dump_json(names, os.path.join(unfinished, "saved.json"))
-        for file in Path(unfinished).iterdir():
-            shutil.copymode(os.path.join(unfinished, "config.json"), file)  # safetensors: 0600
+        dump_json(names, unfinished / "saved.json")
+        for file in unfinished.iterdir():
+            shutil.copymode(unfinished / "config.json", file)  # safetensors: 0600
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         keep_previous(folder, names)
-        os.rename(unfinished, finished)
+        os.rename(unfinished, Path(folder, "finished.tmp"))
         complete_save(folder)
 
 
@@ -239,39 +239,39 @@ def export(model, config):
 
 def saved_names(folder):
     """Return the names of the files in a folder that a save wrote there."""
-    path = os.path.join(folder, "saved.json")
-    listed = load_json(path) if os.path.exists(path) else []
+    path = Path(folder, "saved.json")
+    listed = load_json(path) if path.exists() else []
     listed = listed if isinstance(listed, list) else []
     return {f.name for f in Path(folder).iterdir() if f.name in listed and f.is_file()}
 
 
 def complete_save(folder):
     """Move what save_model finished into place; meanwhile the folder has no config.json."""
-    finished = os.path.join(folder, "finished.tmp")
-    new_names = os.listdir(finished) if os.path.isdir(finished) else []
+    finished = Path(folder, "finished.tmp")
+    new_names = os.listdir(finished) if finished.is_dir() else []
     if "saved.json" in new_names:  # the old one is still here: it is moved last but one
-        kept = {*load_json(os.path.join(finished, "saved.json"))} - {"config.json", *result_files}
+        kept = {*load_json(finished / "saved.json")} - {"config.json", *result_files}
         for name in (saved_names(folder) | {"config.json", *result_files}) - kept:
             Path(folder, name).unlink(missing_ok=True)
     for name in sorted(new_names, key=lambda name: (name == "config.json", name == "saved.json")):
-        os.replace(os.path.join(finished, name), os.path.join(folder, name))
-    if os.path.isdir(finished):
-        os.rmdir(finished)
+        os.replace(finished / name, Path(folder, name))
+    if finished.is_dir():
+        finished.rmdir()
 
 
 def keep_previous(folder, new_names):
     """Copy to previous/ what will be replaced: a finished model, or files that are not ours."""
     ours, previous = saved_names(folder), Path(folder, "previous")
-    is_finished = os.path.exists(os.path.join(folder, "metrics.json"))
+    is_finished = Path(folder, "metrics.json").exists()
     names = (ours if is_finished else set()) | set(new_names) - ours
-    kept = sorted(name for name in names if os.path.exists(os.path.join(folder, name)))
+    kept = sorted(name for name in names if Path(folder, name).exists())
     if kept:
         previous.mkdir(exist_ok=True)
         for name in saved_names(previous) - {"saved.json"}:
             (previous / name).unlink()
         dump_json([*kept, "saved.json"], previous / "saved.json")
         for name in {*kept} - {"saved.json"}:
-            shutil.copy2(os.path.join(folder, name), previous)
+            shutil.copy2(Path(folder, name), previous)
         log("note", f"the model in {folder or '.'} is kept in {previous}")
 
 
@@ -289,10 +289,10 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     """
     pth_path = get_pth_path(model_path)
     folder = os.path.dirname(pth_path) or "."
-    if os.path.exists(os.path.join(folder, "finished.tmp")):
+    if Path(folder, "finished.tmp").exists():
         raise InputError(f"{folder}: a save was interrupted; run python train.py again")
     has_pth = os.path.exists(pth_path)
-    if not has_pth and not os.path.exists(os.path.join(folder, "config.json")):
+    if not has_pth and not Path(folder, "config.json").exists():
         remedy = f"run: python train.py; paths start from {os.getcwd()}"
         raise InputError(f"{pth_path}: there is no trained model yet; {remedy}")
     weights, labels = load_pth(pth_path) if has_pth else (None, None)

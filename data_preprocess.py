@@ -209,8 +209,8 @@ def stratify(rows_of, kept):
 
 def write_data_files(paths, parts):
     """Write rows to the data files, or raise InputError unless split.json lists old ones."""
-    record_path = os.path.join(os.path.dirname(paths[0]), "split.json")
-    written = load_json(record_path)["sha256"] if os.path.exists(record_path) else []
+    record_path = Path(paths[0]).with_name("split.json")
+    written = load_json(record_path)["sha256"] if record_path.exists() else []
     old = {path: Path(path).read_bytes() for path in paths if os.path.exists(path)}
     own = [str(path) for path in old if hashlib.sha256(old[path]).hexdigest() not in written]
     if own:

@@ -207,7 +207,7 @@ def load_once(model_path, label2idx_path, device, dtype, times):
     """Return what get_model does; a new model has other times."""
     limit_threads()
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
-    if os.path.exists(os.path.join(os.path.dirname(get_pth_path(model_path)), "checkpoint.pth")):
+    if Path(get_pth_path(model_path)).with_name("checkpoint.pth").exists():
         log("note", f"{model_path}: of a run that is not finished, the best epoch so far")
     model.bert.to(dtype)
     if dtype == torch.bfloat16 and str(device) == "cpu":
@@ -233,9 +233,9 @@ def pack_linears(bert):
 
 def model_times():
     """Return when the files that every training writes were written."""
-    pth_path = get_pth_path(save_model_path)
-    paths = (pth_path, os.path.join(os.path.dirname(pth_path), "config.json"))
-    return tuple(os.stat(path).st_mtime_ns for path in paths if os.path.exists(path))
+    pth_path = Path(get_pth_path(save_model_path))
+    paths = (pth_path, pth_path.with_name("config.json"))
+    return tuple(path.stat().st_mtime_ns for path in paths if path.exists())
 
 
 def check_texts(texts):
