@@ -293,8 +293,7 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
         raise InputError(f"{folder}: a save was interrupted; run python train.py again")
     has_pth = os.path.exists(pth_path)
     if not has_pth and not Path(folder, "config.json").exists():
-        remedy = f"run: python train.py; paths start from {os.getcwd()}"
-        raise InputError(f"{pth_path}: there is no trained model yet; {remedy}")
+        raise InputError(f"{pth_path}: no trained model: run python train.py in {os.getcwd()}")
     weights, labels = load_pth(pth_path) if has_pth else (None, None)
     from_article = has_pth and not labels
     encoder = pretrained_model if from_article else folder
@@ -349,7 +348,7 @@ def read_labels(config, tokenizer, folder):
 
 def load_label2idx(label2idx_path):
     """Return {label: column} in column order, or raise InputError."""
-    remedy = f"run: python data_preprocess.py; paths start from {os.getcwd()}"
+    remedy = "run: python data_preprocess.py, or copy that of the article's .pth"
     if not os.path.exists(label2idx_path):
         raise InputError(f"{label2idx_path}: there is no label index yet; {remedy}")
     label2idx = load_json(label2idx_path)
@@ -411,9 +410,10 @@ def predict_batches(model, dataloader, dtype=torch.float32):
     dtype = dtype if model.bert.dtype == torch.float32 else torch.float32
     for *inputs, labels in dataloader:
         with autocast(device, dtype):
-            probs = model(*(tensor.to(device, non_blocking=True) for tensor in inputs)).cpu()
+            probs = model(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+        probs = probs.float().cpu()
         if not probs.isfinite().all():
-            raise InputError('the network outputs NaN; set precision = "fp32", or a lower lr')
+            raise InputError('the output is NaN; set precision = "fp32", or a lower lr')
         yield probs, labels
 
 

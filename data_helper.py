@@ -84,8 +84,7 @@ class MultiClsDataSet(Dataset):
         while chunk := list(islice(examples, 256)):
             for location, _, labels, _ in chunk:
                 if unknown := [name for name in labels if name not in self.label2idx]:
-                    remedy = "run python data_preprocess.py again"
-                    raise InputError(f"{location}: unknown label {unknown[0]!r}; {remedy}")
+                    raise InputError(f"{location}: unknown label {unknown[0]!r}; preprocess again")
                 columns.extend(sorted({self.label2idx[name] for name in labels}))
                 row_ends.append(len(columns))
             texts = [text.strip() for _, text, *_ in chunk]
@@ -237,8 +236,10 @@ def metrics_report(predictions, names, thresholds):
     """Return {metric: value}, of those without a threshold and at each; by label at 0.5."""
     true, probs, sums = predictions
     metrics = {name: total / true.shape[0] for name, total in sorted(sums.items())}
-    by_label = [thresholds["by_label"][name] for name in names]
-    options = {"at_0.5": 0.5, "at_single": thresholds["single"], "at_by_label": by_label}
+    options = {"at_0.5": 0.5}
+    if thresholds:  # the article has none
+        options["at_single"] = thresholds["single"]
+        options["at_by_label"] = [thresholds["by_label"][name] for name in names]
     metrics |= {k: compute_metrics(true, predict_labels(probs, t)) for k, t in options.items()}
     return metrics | {"by_label": per_label_metrics(true, predict_labels(probs), names)}
 

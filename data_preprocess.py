@@ -59,7 +59,11 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9, other_paths=(
     num_texts, counts = len(files["train"].lengths), files["train"].label_counts
     if not counts:
         raise InputError(f"{train_data_path}: no example has a label")
-    dump_json({label: idx for idx, label in enumerate(sorted(counts))}, label2idx_path)
+    label2idx = {label: idx for idx, label in enumerate(sorted(counts))}
+    if os.path.exists(label2idx_path) and load_json(label2idx_path) != label2idx:
+        os.replace(label2idx_path, f"{label2idx_path}.old")
+        log("note", f"new {label2idx_path}; a .pth of the article needs its .old beside it")
+    dump_json(label2idx, label2idx_path)
     log("texts", count=num_texts, unlabelled=files["train"].num_unlabelled, labels=len(counts))
     # A Chinese character is a token, elsewhere tokens are longer; two more: [CLS] and [SEP].
     tokens = sorted(length + 2 for length in files["train"].lengths)
@@ -143,8 +147,7 @@ def check_labels_known(files, label2idx):
         if unknown:
             names = ", ".join(f"{label!r} ({file.label_counts[label]} texts)" for label in unknown)
             where = f"{file.first_locations[unknown[0]]}: not in the label index: {names:.300}"
-            remedy = "run python data_preprocess.py again, or add examples to training"
-            raise InputError(f"{where}; {remedy}")
+            raise InputError(f"{where}; run python data_preprocess.py again, or add to training")
 
 
 def split_table(table_path, paths):
@@ -214,8 +217,7 @@ def write_data_files(paths, parts):
     old = {path: Path(path).read_bytes() for path in paths if os.path.exists(path)}
     own = [str(path) for path in old if hashlib.sha256(old[path]).hexdigest() not in written]
     if own:
-        remedy = "move them away, or name other files in data_preprocess.py"
-        raise InputError(f"{', '.join(own)}: your own, would be replaced; {remedy}")
+        raise InputError(f"{', '.join(own)}: your own, would be replaced; move them away")
     for path, rows in zip(paths, parts):
         content = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
         written.append(hashlib.sha256(content).hexdigest())
@@ -238,8 +240,7 @@ def read_examples(data_path, needs_labels=False):
             raise InputError(f'{location}: "label" is {labels!r:.40}; {remedy:.120}')
         for label in labels or ():
             if not isinstance(label, str) or label != label.strip() or not fold_spelling(label):
-                rule = "must be a name in quotes, without spaces around it"
-                raise InputError(f"{location}: a label {rule}, but one is {label!r:.40}")
+                raise InputError(f"{location}: labels are names, no spaces around: {label!r:.40}")
         if re.search("[\ud800-\udfff]", "".join((text, *(labels or ())))):
             raise InputError(f"{location}: half a character, \\udxxx, in {text!r:.40}")
         yield location, text, labels, row.pop(None, row)
@@ -256,8 +257,7 @@ def read_jsonl(data_path):
         if isinstance(row, dict):
             yield location, row
         elif row != "":
-            rule = 'write {"text": "...", "label": ["..."]}, one a line, without [ ]'
-            raise InputError(f"{location}: not a JSON object, {row!r:.40}; {rule}")
+            raise InputError(f"{location}: not a JSON object, one a line, without [ ]: {row!r:.40}")
 
 
 def read_table(table_path):

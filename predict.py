@@ -9,7 +9,7 @@ run     python predict.py "a text" "another"      or set `texts`; or: echo text 
         python predict.py new.csv                 writes new_labelled.csv
         torchrun --nproc_per_node=4 predict.py    input_path on 4 GPUs, with the same output
         in Python:  from predict import predict;  predict(["...", "..."])
-set     text_column, label_columns, label_separator, quotes in data_preprocess.py; below, all else
+set     text_column, label_columns, label_separator, quotes in data_preprocess.py; the rest here
 """
 
 import functools
@@ -216,7 +216,7 @@ def load_once(model_path, label2idx_path, device, dtype, times):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer in bf16 whose weight lies in memory as oneDNN multiplies it fastest."""
+    """A linear layer in bf16 whose weight is laid out for oneDNN."""
 
     def forward(self, states):
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
@@ -304,8 +304,7 @@ def open_part(part_path, thresholds, config):
             old = dict(json.loads(first)) if first.endswith(b"\n") else {}  # killed in this line
         changed = [name for name in settings if old and old.get(name) != settings[name]]
         if changed:
-            remedy = f"undo it, or delete {part_path} to start over"
-            raise InputError(f"{part_path}: cannot go on, changed: {', '.join(changed)}; {remedy}")
+            raise InputError(f"{part_path}: changed: {', '.join(changed)}; undo it, or delete this")
         size = length = len(first) if old else 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"}\n") or b"\0" in line:  # by a kill, or by a power cut
@@ -330,7 +329,7 @@ def finish_output(part_path, label2idx):
 
     header = dict.fromkeys(chain(*read_rows())) if is_table(output_path) else ()
     write_rows(read_rows(), output_path, header)
-    from sklearn.preprocessing import MultiLabelBinarizer  # here, since this takes half a second
+    from sklearn.preprocessing import MultiLabelBinarizer  # half a second
 
     binarizer, matrices = MultiLabelBinarizer(classes=list(label2idx), sparse_output=True), []
     for key in ("true", "label"):
@@ -349,11 +348,11 @@ def finish_output(part_path, label2idx):
 def main():
     """Label the texts or the file of the command line, else input_path, else `texts`."""
     global input_path, output_path
-    given, formats = sys.argv[1:], (".csv", ".tsv", ".json", ".jsonl", ".txt")
-    is_file = [os.path.isfile(x) or x.endswith(formats) and " " not in x for x in given]
+    given, formats = sys.argv[1:], (".csv", ".tsv", ".json", ".jsonl", ".txt", ".xlsx")
+    is_file = [os.path.isfile(x) or x.lower().endswith(formats) and " " not in x for x in given]
     files = [x for x, is_one in zip(given, is_file) if is_one and given[0] != "--"]
     if files and (len(given) > 1 or not os.path.isfile(files[0])):
-        raise InputError(f"{files[0]!r}: name one file that exists, or texts, or set input_path")
+        raise InputError(f"{files[0]!r}: name one file that exists, or after -- only texts")
     if files:
         root, suffix = os.path.splitext(given.pop())
         input_path, suffix = root + suffix, ".csv" if suffix.lower() == ".txt" else suffix
@@ -363,7 +362,8 @@ def main():
     given = given[1:] if given[:1] == ["--"] else given
     mode = os.fstat(0).st_mode if sys.stdin else 0
     is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-    shown = given or (sys.stdin.read().splitlines() if is_piped else []) or texts
+    lines = [line.strip("\ufeff\n") for line in sys.stdin] if is_piped and not given else []
+    shown = given or lines or texts
     for text, pairs in zip(shown, predict_with_scores(shown) if is_main_process() else ()):
         labels = " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label"
         print(escape(text), escape(labels), sep="\t")

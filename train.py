@@ -7,7 +7,7 @@ writes  ./model/                                 the best model, in Hugging Face
         ./model/previous/, checkpoint.pth, runs/   the model before; to resume; for TensorBoard
 run     python train.py
         torchrun --nproc_per_node=4 train.py     on 4 GPUs; batch_size is per GPU
-set     pretrained_model, the encoder, in bert_multilabel_cls.py; below, all else
+set     pretrained_model, the encoder, in bert_multilabel_cls.py; the rest in train.py
 """
 
 import math
@@ -82,6 +82,7 @@ def train():
     dtype = choose_dtype(precision, device)
     label2idx = load_label2idx(label2idx_path)
     check_data(label2idx)
+    torch.manual_seed(seed)  # of a pooler that the encoder lacks, too
     bert, tokenizer = load_encoder()
 
     # Data: texts of similar length share a batch.
@@ -97,7 +98,6 @@ def train():
     num_steps = num_epochs * steps_per_epoch
 
     # Model, loss, optimizer.
-    torch.manual_seed(seed)
     model = BertMultiLabelCls(None, len(label2idx), dropout, bert).to(device)
     has_many = len(label2idx) >= 500 and bert.name_or_path and type(model.fc) is nn.Linear
     sums = sum_pooled(model, train_dataset, device, dtype) if has_many else None
@@ -222,7 +222,7 @@ def check_constants():
     others = {"seed": 0, "lr": 0, "head_lr_factor": 0, "max_grad_norm": 0, "checkpoint_minutes": 0}
     for name, least in (counts | others | dict(warmup_ratio=0, dropout=0, weight_decay=0)).items():
         if globals()[name] != "auto" or name not in ("epochs", "batch_size", "lr"):
-            most = 1 if name in ("warmup_ratio", "dropout", "weight_decay") else math.inf
+            most = 1 if name in ("warmup_ratio", "dropout", "weight_decay") else 2**31
             check_number(name, globals()[name], least, most, integer=name in counts)
 
 
@@ -289,14 +289,12 @@ def create_optimizer(model, encoder_lr, head_lr, num_steps):
 
 
 def log_setup(model, dtype, dataset):
-    """Print the model, what is "auto", and whether the encoder knows the texts."""
+    """Print the model, what is "auto", and if texts are unknown to the encoder."""
     size = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M"
     name = model.bert.name_or_path or "small BERT from scratch"
     log("model", f"{name} on {device}", parameters=size, dtype=str(dtype).split(".")[1])
     auto = ", ".join(name for name in ("epochs", "batch_size", "lr") if globals()[name] == "auto")
-    if auto:
-        size = f"a hidden size of {model.bert.config.hidden_size}"
-        log("auto", f"{auto}: chosen for {len(dataset)} texts and {size}")
+    log("auto", auto or "none", texts=len(dataset), hidden_size=model.bert.config.hidden_size)
     unknown = (dataset.ids == (dataset.tokenizer.unk_token_id or -1)).float().mean().item()
     if unknown > 0.03:
         log("note", f"{unknown:.1%} of the tokens are unknown; an encoder of another language?")
@@ -312,7 +310,7 @@ def get_run_config(bert, dtype, train_dataset):
     for path in (train_path, dev_path, test_path, label2idx_path):
         config[f"the content of {path}"] = zlib.crc32(Path(path).read_bytes())
     if any(other != config for other in all_gather_object(config)):
-        raise InputError("the data or the constants differ between the machines")
+        raise InputError("data or constants differ between the machines")
     return config
 
 
@@ -375,6 +373,8 @@ def handle_signals():
         if number == signal.SIGINT in signals and get_world_size() == 1:  # torchrun sends two
             raise KeyboardInterrupt
         signals.append(number)
+        if is_main_process():  # print may have been interrupted
+            os.write(1, b"stopping after this step, to save; Ctrl-C again: at once\n")
 
     if threading.current_thread() is threading.main_thread():  # alone allowed
         handlers = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -396,7 +396,7 @@ def log_batch(log_scalars, epoch, i, step, loss, labels, probs, scheduler):
 def check_finite(value):
     """Raise InputError if training has diverged."""
     if not math.isfinite(value.item()):
-        raise InputError('training has diverged: NaN; lower lr, or set precision = "fp32"')
+        raise InputError('the loss is NaN; lower lr, or set precision = "fp32"')
 
 
 def log_epoch(log_scalars, row, step):
@@ -418,7 +418,7 @@ def open_writer(run_name, next_step):
 
         writer = SummaryWriter(folder, purge_step=next_step) if is_main_process() else None
     if writer is None:
-        log("note", "no curves are drawn; for TensorBoard: pip install tensorboard")
+        log("note", "no curves; for TensorBoard: pip install tensorboard")
 
     def log_scalars(values, step):
         with suppress(OSError):  # a full disk ends the curves, not the run

@@ -107,7 +107,7 @@ def test_defaults_come_from_the_constants(project, encoder_folder):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({}, ["a.json:2: ", "'足球'", "python data_preprocess.py"]),
+        ({}, ["a.json:2: ", "'足球'", "preprocess again"]),
         ({"label2idx": None}, ["none.json: ", "python data_preprocess.py"]),
         *(({"max_len": value}, [f"max_len = {value!r}"]) for value in (-1, 0, 2, 8.0, "8")),
         *(({"keep_tail": value}, [f"keep_tail = {value!r}", "4"]) for value in (-1, 5, 1.0, "2")),

@@ -78,7 +78,7 @@ BAD_LINES = {  # a word of the sentence: such third lines
     "half a character": [b'{"text": "a", "label": ["\\ud800"]}'],
     '"label" is None': [b'{"text": "", "labels": []}', b'{"text": "", "label": null}'],
     "list": [b'{"text": "a", "label": "x"}', b'{"text": "", "label": {"x": 1}}'],
-    "a label must be": [f'{{"text": "a", "label": ["x", {json.dumps(x)}]}}'.encode()
+    "labels are names": [f'{{"text": "a", "label": ["x", {json.dumps(x)}]}}'.encode()
                         for x in (1, None, ["x"], "", " ", " x", "x\t", "\u3000x", "\u200b")],
 }  # fmt: skip
 

@@ -145,8 +145,8 @@ def test_a_number_is_obeyed_and_auto_aims_at_steps_in_at_most_100_epochs(
     found = re.search(r"^plan     epochs=(\d+) batch_size=(\d+) ", printed, re.MULTILINE)
     assert tuple(map(int, found.groups())) == expected
     names = ", ".join(name for name in ("epochs", "batch_size") if name not in constants)
-    reason = f"\nauto     {names}: chosen for {num_texts} texts"
-    assert reason in printed if names else "\nauto " not in printed
+    reason = f"\nauto     {names or 'none'} texts={num_texts} "
+    assert reason in printed
 
 
 @pytest.mark.parametrize("hidden_size, expected", [(384, 8e-5), (768, 2e-5), (64, 3e-4)])
