@@ -25,17 +25,9 @@ import torch
 import torch.nn as nn
 import transformers
 from torch.utils.data import DataLoader
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    BertTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    pipeline,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -113,6 +113,26 @@ def test_an_article_checkpoint_predicts_here(tmp_path, monkeypatch, encoder_fold
     assert label2idx == labels and len(tokenizer) == len(TOKENS)
 
 
+def test_an_article_checkpoint_has_a_report(project):
+    """At 0.5 alone: no thresholds were tuned."""
+    os.mkdir("model")
+    torch.save(ours.BertMultiLabelCls(16, 4).state_dict(), "model/multi_label_cls.pth")
+    metrics, _ = train.test("./model/multi_label_cls.pth", "./data/test.json", return_report=True)
+    assert "at_0.5" in metrics and "at_single" not in metrics
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_takes_its_share_and_keeps_the_mean(project, dtype):
+    drop = ours.BertMultiLabelCls(16, 3, dropout=0.3).drop
+    ones = torch.ones(999, 1001, dtype=dtype, requires_grad=True)
+    once, twice = drop.train()(ones), drop(ones)
+    assert (once == 0).float().mean().item() == pytest.approx(0.3, abs=0.003)
+    assert once.float().mean().item() == pytest.approx(1, abs=0.01)
+    assert 0.4 < (once != twice).float().mean() < 0.44
+    once.sum().backward()
+    assert torch.equal(ones.grad, once) and drop.eval()(ones) is ones
+
+
 def test_our_checkpoint_loads_in_the_article(tmp_path, model, tokenizer, encoder_folder, inputs):
     path = f"{tmp_path}/m/multi_label_cls.pth"
     ours.save_model(model, tokenizer, LABELS, path)

@@ -55,6 +55,15 @@ def test_preprocess_sorts_labels_and_says_what_it_found(preprocess):
     assert events["label"] == f"{shown}股市 train=2 dev=0 test=0 "
 
 
+def test_a_label_index_that_changes_is_kept_beside_the_new_one(preprocess):
+    """A .pth of the article has no other."""
+    data_preprocess.dump_json({"体育": 0, "中超": 1}, "label2idx.json")
+    assert ".old" in preprocess([("a", ["体育", "中超"])])["note"]
+    kept = [data_preprocess.load_json(f"label2idx.json{end}") for end in ("", ".old")]
+    assert kept == [{"中超": 0, "体育": 1}, {"体育": 0, "中超": 1}]
+    assert "note" not in preprocess([("a", ["体育", "中超"])])
+
+
 def test_of_many_labels_the_most_frequent_and_the_rarest_are_shown(preprocess):
     rows = [(f"t{n}", [f"l{k}" for k in range(30) if n >= k]) for n in range(30)]
     shown = preprocess(rows)["label"].split()[::2]

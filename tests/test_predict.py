@@ -158,6 +158,16 @@ def test_without_a_model_it_says_to_train_and_where_paths_start(project):
         predict.predict(["中超"])
 
 
+def test_weights_laid_out_for_the_cpu_give_the_same(trained, monkeypatch):
+    found = []
+    for pack in (predict.pack_linears, lambda bert: None):
+        set_constants(monkeypatch, pack_linears=pack, precision="bf16")
+        predict.load_once.cache_clear()
+        found.append(predict.predict_proba(TEXTS))
+    np.testing.assert_allclose(*found, atol=0.02)
+    assert predict.predict_proba(TEXTS).std() > 0.1
+
+
 def test_the_model_is_loaded_once_and_after_a_training_again(trained, monkeypatch, capsys):
     predict.load_once.cache_clear()
     loads, load = [], predict.load_model

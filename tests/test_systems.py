@@ -70,13 +70,6 @@ train.run_script(predict.main)
     assert os.path.exists("model/previous/config.json")
 
 
-@linux
-def test_a_file_that_is_open_is_what_the_test_above_would_see(project):
-    code = f"{AS_ON_WINDOWS}file = open('a', 'w', encoding='utf-8'); os.rename('.', '../b')"
-    code, _, err = finish(start(code))
-    assert code == 1 and "so it would not go: " in err
-
-
 def test_no_file_is_read_or_written_in_the_encoding_of_the_system(trained):
     """Which is GBK on a Chinese Windows."""
     Path("in.json").write_text('{"text": "中超"}', encoding="utf-8")

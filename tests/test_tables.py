@@ -128,7 +128,16 @@ def test_a_column_of_0_and_1_is_a_label_and_others_hold_names(read, content, col
     assert [row[1] for row in read(content, label_columns=columns)] == labels
 
 
-LISTS = ["[0, 1]", "['b' 'c'\n 'd']", "[['b']]", "{'b', 'c'}", "{p,q}", "['p', 'q'", "['p'];['q']"]
+LISTS = [
+    "[0, 1]",
+    "['b' 'c'\n 'd']",
+    "[['b']]",
+    "{'b', 'c'}",
+    "{p,q}",
+    "['p', 'q'",
+    "['p'];['q']",
+    "('p', 'q')",
+]
 LISTS += ["[{'c': ['p'], 'y': null}]", "{'c': ['p'], 'ok': true}", "['p', nan]", "['p', null]"]
 REFUSED = [  # (content, where, a word of the sentence)
     ("text,label\na,1\nb,0\nc,-1\n", "t.csv", "'-1'"),

@@ -475,6 +475,19 @@ def test_errors_lead_back_to_the_row(project, monkeypatch):
     for row, cells in zip(errors, table, strict=True):
         assert cells["id"] == str(row.get("id", "")) and cells["location"] == row["location"]
         assert cells["predicted"] == ";".join(row["predicted"])
+        scores = (f"{name} {score}" for name, score in row["probability"].items())
+        assert cells["probability"] == ";".join(scores)
+
+
+def test_a_pooler_that_the_encoder_lacks_starts_from_the_seed(project, monkeypatch, encoder_folder):
+    encoder = shutil.copytree(encoder_folder, project / "encoder")
+    BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(encoder)
+    monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", str(encoder))
+    losses = []
+    for seed in (1, 1, 2):
+        run(monkeypatch, seed=seed, epochs=1)
+        losses.append(history()[0]["train_loss"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_thresholds_are_the_best_on_dev_and_on_no_other_file(project, monkeypatch):
@@ -489,7 +502,7 @@ def test_thresholds_are_the_best_on_dev_and_on_no_other_file(project, monkeypatc
 OUT_OF_RANGE = """
 epochs='many' batch_size=8.0 lr='1e-5' accumulation_steps='auto' log_steps=0 patience=-1
 head_lr_factor=-1 max_grad_norm=-1 checkpoint_minutes=-1 dropout=-0.1 dropout=2 warmup_ratio=10
-weight_decay=2 seed=-1 max_len=2
+weight_decay=2 seed=-1 seed=18446744073709551616 max_len=2
 """
 
 
