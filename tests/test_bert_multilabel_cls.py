@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import huggingface_hub
+import huggingface_hub as hub
 import pytest
 import torch
 import torch.nn as nn
@@ -375,13 +375,9 @@ def cache(tmp_path, monkeypatch, encoder_folder):
     shutil.copytree(encoder_folder, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    real, places = huggingface_hub.snapshot_download, {"cache_dir": tmp_path / "hub"}
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *a, **k: real(*a, **k | places)
-    )
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("asked the hub")
-    )
+    real, places = hub.snapshot_download, {"cache_dir": tmp_path / "hub"}
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: real(*a, **k | places))
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.setattr(ours, "pretrained_model", "someone/tiny")
     return repository / "snapshots" / ("0" * 40)
 
@@ -420,7 +416,7 @@ def test_the_hub_is_the_last_resort(monkeypatch, encoder_folder):
         return encoder_folder
 
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in offered])
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, timeout: info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, timeout: info)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(ours, "pretrained_model", "someone/tiny")
     assert ours.BertMultiLabelCls(16, 3).bert.config.hidden_size == 16 and downloads == [needed]
