@@ -402,7 +402,7 @@ def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
     pieces = map(backend.pre_tokenizer.pre_tokenize_str, normalized)
     words = Counter(word for text_pieces in pieces for word, _ in text_pieces)
     characters = Counter(character for word in words.elements() for character in word)
-    # One seen once becomes [UNK], so that unknown ones have an embedding that was trained.
+    # One seen once becomes [UNK], which so learns an embedding.
     singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
     suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]
     ngrams, fragments = Counter(), set()  # of 2 to 4 characters; parts mostly of a longer one

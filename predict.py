@@ -47,7 +47,7 @@ label2idx_path = "./data/label2idx.json"  # read only for a .pth of the article
 device = "cuda" if torch.cuda.is_available() else "cpu"
 max_len = None  # tokens; longer texts are truncated. None: as in training
 keep_tail = None  # tokens of a truncated text that are kept from its end. None: as in training
-batch_size = 32  # texts, of short ones up to 8 times as many; more need more memory
+batch_size = 32  # texts, of short ones up to 8 times as many
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
 threshold = 0.5  # or "single" or "by_label", tuned on dev; {"billing": 0.3}: the others at 0.5

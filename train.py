@@ -109,7 +109,7 @@ def train():
     log_setup(model, dtype, train_dataset)
     log("plan", epochs=num_epochs, batch_size=size, steps=num_steps, lr=f"{encoder_lr:g}")
 
-    # An interrupted run goes on from its checkpoint; a new one starts at epoch 0, batch 0.
+    # An interrupted run goes on; a new one starts at epoch 0, batch 0.
     config = get_run_config(bert, dtype, train_dataset)
     checkpoint = Checkpoint(config, model, optimizer, scheduler, scaler)
     start_epoch, start_batch, train_loss, history = checkpoint.restore(rank)
