@@ -1,6 +1,7 @@
 """The network, its pretrained encoder, and the folder of a trained model."""
 
 import copy
+import ctypes
 import math
 import os
 import re
@@ -28,10 +29,7 @@ log_once = cache(log)  # for what every save of a run would say
 
 
 class BertMultiLabelCls(nn.Module):
-    """BERT, dropout, a linear layer, a sigmoid: a probability for each of class_num labels.
-
-    hidden_size: of the encoder, or None. bert: by default `pretrained_model`.
-    """
+    """BERT, dropout, a linear layer, a sigmoid; by default with the BERT of pretrained_model."""
 
     def __init__(self, hidden_size, class_num, dropout=0.1, bert=None):
         super().__init__()
@@ -395,7 +393,11 @@ def autocast(device, dtype):
 
 @cache
 def limit_threads():
-    """Use no more threads than a container has CPUs, and one in a forked process."""
+    """Use no more threads than a container has CPUs, one in a fork; let glibc keep memory."""
+    with suppress(OSError, AttributeError, TypeError):  # to get it zeroed again takes time
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; some allow 32 MiB
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
     if hasattr(os, "register_at_fork"):  # OpenMP would wait for the threads of the parent
@@ -410,8 +412,7 @@ def predict_batches(model, dataloader, dtype=torch.float32):
     dtype = dtype if model.bert.dtype == torch.float32 else torch.float32
     for *inputs, labels in dataloader:
         with autocast(device, dtype):
-            probs = model(*(tensor.to(device, non_blocking=True) for tensor in inputs))
-        probs = probs.float().cpu()
+            probs = model(*(tensor.to(device) for tensor in inputs)).float().cpu()
         if not probs.isfinite().all():
             raise InputError('the output is NaN; set precision = "fp32", or a lower lr')
         yield probs, labels
@@ -420,9 +421,8 @@ def predict_batches(model, dataloader, dtype=torch.float32):
 def pooler_output(bert, input_ids, attention_mask, token_type_ids):
     """Return bert(...)[1], (B, H), with less work: the pooler needs [CLS] of the last layer."""
     hidden_states = bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):  # else float32 between the layers
-        hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+    if torch.is_autocast_enabled(hidden_states.device.type):  # else float32 between the layers
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
     attention_mask = attention_mask[:, None, None].bool()  # (B, 1, 1, T)
     *layers, last_layer = bert.encoder.layer
     for layer in layers:
@@ -455,5 +455,5 @@ class FastDropout(nn.Dropout):
             return super().forward(states)
         words = torch.empty(states.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: states.numel()].view(states.shape)
-        is_kept = bits >= round(self.p * 2**16) - 2**15
+        is_kept = bits.ge_(round(self.p * 2**16) - 2**15)  # in place: vectorized
         return states * is_kept.to(states.dtype).mul_(1 / (1 - self.p))
