@@ -107,7 +107,7 @@ def note_odd_labels(files):
     for label in sorted(counts, key=lambda label: (-counts[label], label)):
         spellings[fold_spelling(label)].append(shown[label])
     for name, same in spellings.items():
-        if len(same) > 1 or name in "nan none null (null) na n/a #n/a <na> \\n".split():
+        if len(same) > 1 or re.fullmatch(r"\W*|nan|none|\(?null\)?|#?n/?a|<na>|\\n", name):
             log("note", f"probably one label, or an empty cell: {', '.join(same)}")
     for separator in (";", ",", "|", "/", "，", "；", "、", "：", ":", "+", "&", "#", "\n", " "):
         parts = {label: [*filter(None, map(str.strip, label.split(separator)))] for label in counts}
