@@ -245,10 +245,7 @@ def metrics_report(predictions, names, thresholds):
 
 
 def tune_thresholds(predictions, names, smoothing=40):
-    """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie the nearest to 0.5.
-
-    For dev only. smoothing: examples of an average label added to those of each, which may be few.
-    """
+    """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie nearest to 0.5."""
     true, probs, *_ = predictions
     grid = np.arange(5, 96, dtype=np.float32) / 100
     size = len(grid) + 1, true.shape[1]
@@ -261,6 +258,7 @@ def tune_thresholds(predictions, names, smoothing=40):
     nearest_first = np.abs(grid - np.float32(0.5)).argsort(kind="stable")
     counts, grid = np.stack(counts)[:, nearest_first], grid[nearest_first].astype(float).round(2)
     total = counts.sum(2, keepdims=True)
+    # To each label, which may have few, are added so many examples of an average one.
     smoothed = counts + smoothing / max(total[0, 0, 0], 1) * total
     single, by_label = (grid[f1_score(*c).argmax(0)].tolist() for c in (total, smoothed))
     return {"single": single[0], "by_label": dict(zip(names, by_label, strict=True))}

@@ -252,6 +252,8 @@ def load_encoder():
         log("note", f"{error_message}; a small BERT is trained from scratch instead")
         bert, tokenizer = build_scratch_encoder(read_examples(train_path), seed)
     check_truncation(max_len, keep_tail, bert.config)
+    if tokenizer.truncation_side == "left" and not keep_tail:
+        log("note", "the encoder's truncation_side is left; keep_tail = max_len - 2 does that here")
     return bert, tokenizer
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import bert_multilabel_cls
 import data_preprocess
@@ -479,13 +479,16 @@ def test_errors_lead_back_to_the_row(project, monkeypatch):
         assert cells["probability"] == ";".join(scores)
 
 
-def test_a_pooler_that_the_encoder_lacks_starts_from_the_seed(project, monkeypatch, encoder_folder):
+def test_a_pooler_that_the_encoder_lacks_starts_from_the_seed(
+    project, monkeypatch, encoder_folder, capsys
+):
     encoder = shutil.copytree(encoder_folder, project / "encoder")
     BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(encoder)
+    BertTokenizer.from_pretrained(encoder, truncation_side="left").save_pretrained(encoder)
     monkeypatch.setattr(bert_multilabel_cls, "pretrained_model", str(encoder))
     losses = []
     for seed in (1, 1, 2):
-        run(monkeypatch, seed=seed, epochs=1)
+        assert "truncation_side is left" in train_and_read(monkeypatch, capsys, seed=seed, epochs=1)
         losses.append(history()[0]["train_loss"])
     assert losses[0] == losses[1] != losses[2]
 
