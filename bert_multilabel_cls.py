@@ -307,10 +307,10 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     if not has_pth:
         network = load_network(BertForSequenceClassification, folder, config)
         weights = {re.sub("^classifier", "fc", k): t for k, t in network.state_dict().items()}
-    bert = {key[5:]: tensor for key, tensor in weights.items() if key.startswith("bert.")}
+    bert = {k[5:]: t for k, t in weights.items() if k.startswith("bert.")}
     bert = load_network(BertModel, pth_path, config, bert)
     model = BertMultiLabelCls(None, len(label2idx), bert=bert)
-    others = {key: tensor for key, tensor in weights.items() if not key.startswith("bert.")}
+    others = {k: t for k, t in weights.items() if not k.startswith("bert.")}
     with clear_errors(f"{pth_path}: does not fit a network for {len(label2idx)} labels"):
         model.load_state_dict({f"bert.{k}": t for k, t in bert.state_dict().items()} | others)
     return model.eval(), tokenizer, label2idx
@@ -323,7 +323,7 @@ def load_pth(path):
         labels = getattr(loaded, "_metadata", {}).get("", {}).get("labels")
         loaded = loaded.get("state_dict", loaded)
         weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", k): t for k, t in loaded.items()}
-    weights = {re.sub(r"^classifier\.", "fc.", name): tensor for name, tensor in weights.items()}
+    weights = {re.sub(r"^classifier\.", "fc.", k): t for k, t in weights.items()}
     if not {"bert", "fc"} <= {name.partition(".")[0] for name in weights}:
         fault = f"its keys are not bert.* and fc.*, but {', '.join(weights):.60}"
         raise InputError(f"{path}: {fault}; save model.state_dict()")

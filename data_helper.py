@@ -18,6 +18,7 @@ from itertools import chain, islice
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from filelock import FileLock, Timeout
 from scipy.sparse import csr_matrix, vstack
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -215,12 +216,13 @@ def compute_metrics(true, predicted):
     All are printed, drawn and written, and may be best_metric. A label without examples counts 0.
     """
     counts = np.array(count_labels(true, predicted))
-    return {
-        "accuracy": float((np.diff((true != predicted).indptr) == 0).mean()),  # all labels right
-        "micro_f1": float(f1_score(*counts.sum(1))),
-        "macro_f1": float(f1_score(*counts).mean()),
-        "samples_f1": float(f1_score(*count_labels(true, predicted, axis=1)).mean()),
+    metrics = {
+        "accuracy": (np.diff((true != predicted).indptr) == 0).mean(),  # all labels right
+        "micro_f1": f1_score(*counts.sum(1)),
+        "macro_f1": f1_score(*counts).mean(),
+        "samples_f1": f1_score(*count_labels(true, predicted, axis=1)).mean(),
     }
+    return {k: float(v) for k, v in metrics.items()}
 
 
 def per_label_metrics(true, predicted, names):
@@ -235,7 +237,7 @@ def per_label_metrics(true, predicted, names):
 def metrics_report(predictions, names, thresholds):
     """Return {metric: value}, of those without a threshold and at each; by label at 0.5."""
     true, probs, sums = predictions
-    metrics = {name: total / true.shape[0] for name, total in sorted(sums.items())}
+    metrics = {k: total / true.shape[0] for k, total in sorted(sums.items())}
     options = {"at_0.5": 0.5}
     if thresholds:  # the article has none
         options["at_single"] = thresholds["single"]
@@ -344,7 +346,9 @@ def all_gather_object(value):
 
 @torch.inference_mode()
 def sum_pooled(model, dataset, device, dtype):
-    """Return the sums over the texts from which init_classifier starts many labels."""
+    """Return the sums over the texts from which init_classifier starts many labels, or None."""
+    if type(model.fc) is not nn.Linear or model.fc.out_features < 500:
+        return None
     log("note", "many labels: the classifier starts from the texts of each")
     num_labels, size = model.fc.weight.shape
     sums = [torch.zeros(n, size, dtype=torch.float64) for n in (1, size, num_labels)]

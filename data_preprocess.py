@@ -70,7 +70,7 @@ def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9, other_paths=(
     max_len = tokens[min(max(0, math.ceil(num_texts * max_len_ratio - 1e-6) - 1), num_texts - 1)]
     longer = {f"over_{n}": sum(t > n for t in tokens) for n in (128, 512)}
     log("length", max_len=max_len, covers=f"{max_len_ratio:.0%}", longest=tokens[-1], **longer)
-    ranked = sorted(counts, key=lambda label: (-counts[label], label))
+    ranked = sorted(counts, key=lambda x: (-counts[x], x))
     for label in ranked[:5] + ranked[5:][-5:]:  # the most frequent and the rarest
         log("label", f"{label:.40}", **{name: f.label_counts[label] for name, f in files.items()})
     note_odd_labels(files)
@@ -102,15 +102,15 @@ def note_odd_labels(files):
     for file in files.values():
         counts.update(file.label_counts)
         where = file.first_locations | where
-    shown = {label: f'"{label:.40}" ({counts[label]}, {where[label]})' for label in counts}
+    shown = {x: f'"{x:.40}" ({counts[x]}, {where[x]})' for x in counts}
     spellings = defaultdict(list)
-    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+    for label in sorted(counts, key=lambda x: (-counts[x], x)):
         spellings[fold_spelling(label)].append(shown[label])
     for name, same in spellings.items():
         if len(same) > 1 or re.fullmatch(r"\W*|nan|none|\(?null\)?|#?n/?a|<na>|\\n", name):
             log("note", f"probably one label, or an empty cell: {', '.join(same)}")
     for separator in (";", ",", "|", "/", "，", "；", "、", "：", ":", "+", "&", "#", "\n", " "):
-        parts = {label: [*filter(None, map(str.strip, label.split(separator)))] for label in counts}
+        parts = {x: [*filter(None, map(str.strip, x.split(separator)))] for x in counts}
         times = Counter(chain(*(set(p) for p in parts.values())))  # a label counts once
         enough = all if separator == " " else any  # names of two words are usual
         joined = [x for x in counts if len(parts[x]) > 1 and enough(times[p] > 1 for p in parts[x])]
@@ -143,10 +143,9 @@ def note_odd_texts(files):
 def check_labels_known(files, label2idx):
     """Raise InputError if a file of scan_examples has labels that label2idx lacks."""
     for file in files.values():
-        unknown = sorted(file.label_counts.keys() - label2idx)
+        unknown = {x: n for x, n in sorted(file.label_counts.items()) if x not in label2idx}
         if unknown:
-            names = ", ".join(f"{label!r} ({file.label_counts[label]} texts)" for label in unknown)
-            where = f"{file.first_locations[unknown[0]]}: not in the label index: {names:.300}"
+            where = f"{file.first_locations[min(unknown)]}: the label index lacks {unknown!s:.300}"
             raise InputError(f"{where}; run python data_preprocess.py again, or add to training")
 
 
@@ -156,7 +155,10 @@ def split_table(table_path, paths):
         raise InputError(f"split = {split!r}: not three shares above 0 with a sum of 1")
     write_data_files(paths, ())  # fails early
     rows_of = defaultdict(list)
-    for _, text, labels, others in read_examples(table_path, needs_labels=True):
+    examples = list(read_examples(table_path, needs_labels=True))
+    for location, text, labels, _ in (examples[0], examples[-1]):  # as read
+        log("row", location, text=f"{text:.40}", label=labels)
+    for _, text, labels, others in examples:
         if clash := {"text", "label"} & others.keys():
             raise InputError(f"{table_path}: rename the column {min(clash)!r}, not used here")
         rows_of[" ".join(text.split())].append({"text": text, "label": labels, **others})
@@ -166,9 +168,8 @@ def split_table(table_path, paths):
             rows[0]["label"] = list(dict.fromkeys(chain(*(row["label"] for row in rows))))
             joined[text] = len(rows)
             del rows[1:]
-    if num_empty or joined:
-        most = [f"{text:.40} ({times})" for text, times in joined.most_common(1)]
-        log("note", "rows", without_text=num_empty, joined_by_text=joined.total(), most_of=most)
+    most = [f"{text:.40} ({times})" for text, times in joined.most_common(1)]
+    log("rows", without_text=num_empty, joined_by_text=joined.total(), most_of=most)
     for number, path in enumerate(paths):
         for _, text, *_ in read_examples(path) if os.path.exists(path) else ():
             old[" ".join(text.split())] = number
@@ -314,12 +315,11 @@ def read_cells(table_path):
     first, header = next(lines, ""), []
     separator = re.fullmatch(r'"?sep=(.)"?\s*', first)  # a first line for Excel
     first = next(lines, "") if separator else first
-    delimiter = max(",;\t|", key=first.count)  # Excel writes ; in much of Europe
-    if separator or str(table_path).lower().endswith(".tsv"):
-        delimiter = separator[1] if separator else "\t"
+    by_suffix = {".tsv": "\t"}.get(Path(table_path).suffix.lower())  # Excel writes ; in Europe
+    delimiter = separator[1] if separator else by_suffix or max(",;\t|", key=first.count)
     csv.field_size_limit(2**31 - 1)
-    options = {"quoting": csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE, "strict": True}
-    options["skipinitialspace"] = True
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    options = {"quoting": quoting, "skipinitialspace": True, "strict": True}
     rows = csv.reader(chain([first], lines), delimiter=delimiter, **options)
     location, plain = f"{table_path}:1", "save as CSV UTF-8; if quotes are plain, quotes = False"
     try:

@@ -341,7 +341,7 @@ def finish_output(part_path, label2idx):
     if true.shape[0]:
         by_label = per_label_metrics(true, predicted, list(label2idx))
         log_label_metrics(by_label, f"see `true` in {output_path}")
-        scores = {name: f"{value:.3f}" for name, value in compute_metrics(true, predicted).items()}
+        scores = {k: f"{v:.3f}" for k, v in compute_metrics(true, predicted).items()}
         log("scores", threshold=f"{threshold!s:.40}", **scores)
 
 

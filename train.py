@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import transformers
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score
 from torch.nn.parallel import DistributedDataParallel
@@ -95,15 +94,14 @@ def train():
     dev_dataloader = eval_dataloader(dev_dataset, size, device, rank, world_size)
     num_batches = len(sampler)  # per epoch
     steps_per_epoch = math.ceil(num_batches / accumulation_steps)  # of the optimizer
-    num_steps = num_epochs * steps_per_epoch
 
     # Model, loss, optimizer.
     model = BertMultiLabelCls(None, len(label2idx), dropout, bert).to(device)
-    has_many = len(label2idx) >= 500 and bert.name_or_path and type(model.fc) is nn.Linear
-    sums = sum_pooled(model, train_dataset, device, dtype) if has_many else None
+    sums = sum_pooled(model, train_dataset, device, dtype) if bert.name_or_path else None
     init_classifier(model, train_dataset.label_counts, len(train_dataset), sums)
     network = model if world_size == 1 else DistributedDataParallel(model)
     criterion = losses[loss_name]
+    num_steps = num_epochs * steps_per_epoch
     optimizer, scheduler = create_optimizer(model, encoder_lr, head_lr, num_steps)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
     log_setup(model, dtype, train_dataset)
@@ -131,7 +129,7 @@ def train():
                 network.require_backward_grad_sync = sync_gradients  # DDP: once per optimizer step
                 with autocast(device, dtype):
                     probs = network(*inputs)
-                loss = criterion(probs.nan_to_num(), labels) + 0 * probs.sum()  # NaN stays NaN
+                loss = criterion(probs.nan_to_num(), labels)  # BCELoss cannot take NaN
                 scaler.scale(loss * sampler.loss_weight(i)).backward()
                 train_loss += loss.detach() * sampler.loss_weight(i)
                 if i % log_steps == 0:
@@ -150,9 +148,8 @@ def train():
             # Evaluate on dev; keep the best epoch.
             dev_loss, _, predictions = dev(model, dev_dataloader, criterion, True)
             mean_loss = sum(all_gather_object(train_loss.item())) / world_size / steps_per_epoch
-            row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss}
             metrics = compute_metrics(predictions.true, predict_labels(predictions.probs))
-            row |= {name: float(value) for name, value in metrics.items()}
+            row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss} | metrics
             scores = [(r.get(best_metric, 0), -r["dev_loss"]) for r in (*history, row)]
             row["saved"] = all(score < scores[-1] for score in scores[:-1])
             history.append(row)
@@ -333,7 +330,7 @@ class Checkpoint:
             old, train_losses = saved["config"], saved["losses"]
             self.run_name = os.path.basename(saved["run_name"])
         names = self.config.keys() - {"resume", "checkpoint_minutes", "log_steps"}
-        changed = sorted(name for name in names if old.get(name) != self.config[name])
+        changed = sorted(k for k in names if old.get(k) != self.config[k])
         if changed:
             changes = ", ".join(f"{name} (was {old.get(name)})" for name in changed)
             raise InputError(f"{self.path}: changed: {changes}; undo it, or, {start_over}")
@@ -389,7 +386,7 @@ def handle_signals():
 
 def log_batch(log_scalars, epoch, i, step, loss, labels, probs, scheduler):
     """Print and draw the loss of a batch, or raise InputError if it is not finite."""
-    check_finite(loss)
+    check_finite(loss + probs.sum())
     shown = {"acc": f"{get_acc_score(labels, probs):.3f}", "loss": f"{loss.item():.4f}"}
     log("train", epoch=epoch + 1, batch=i, **shown)
     log_scalars({"train/loss": loss.item(), "train/lr": scheduler.get_last_lr()[0]}, step)
@@ -403,8 +400,8 @@ def check_finite(value):
 
 def log_epoch(log_scalars, row, step):
     """Print and draw the scores of an epoch."""
-    scores = {name: value for name, value in row.items() if name not in ("epoch", "saved")}
-    shown = {name.removeprefix("train_"): f"{value:.3f}" for name, value in scores.items()}
+    scores = {k: v for k, v in row.items() if k not in ("epoch", "saved")}
+    shown = {k.removeprefix("train_"): f"{v:.3f}" for k, v in scores.items()}
     log("epoch", str(row["epoch"]), **shown)
     log_scalars({f"epoch/{name}": value for name, value in scores.items()}, step)
     if row["micro_f1"] == 0:
@@ -445,8 +442,7 @@ def report(history, checkpoint):
         log(name, **{t: "/".join(map("{:.3f}".format, values)) for t, values in cells.items()})
     if is_main_process():
         run = {"run_name": checkpoint.run_name, "best_epoch": best_epoch}
-        run |= {"torch": torch.__version__, "transformers": transformers.__version__}
-        run |= {"constants": checkpoint.config}
+        run |= {"torch": torch.__version__, "constants": checkpoint.config}
         run["thresholds"] = load_json(output_path("config.json"))["thresholds"]
         write_rows(errors, output_path(errors_name))
         dump_json(run | metrics, output_path("metrics.json"), indent=1)

@@ -283,7 +283,7 @@ def test_rows_of_one_text_become_one_example(table, capsys):
     assert len(sum(files, [])) == len(found) == 50
     assert found["ticket 3"] == ("3", ["billing", "refund", "a"])
     assert found["ticket 30"] == ("30", ["billing"])
-    assert "without_text=2 joined_by_text=42" in printed(capsys, "note")
+    assert "without_text=2 joined_by_text=42" in printed(capsys, "rows")
 
 
 def test_every_label_with_three_texts_is_in_all_files_in_its_share(table):

@@ -350,7 +350,7 @@ def test_another_metric_is_added_in_one_place(copied):
     Also if the run was killed; NumPy's number is no float of Python.
     """
     shares = "true.multiply(predicted).sum(1) / np.maximum((true + predicted).sum(1), 1)"
-    start_of_dict = r"^def compute_metrics\(.*?return \{"
+    start_of_dict = r"^def compute_metrics\(.*?metrics = \{"
     insert("data_helper.py", start_of_dict, f'\n        "jaccard": np.mean({shares}),')
     insert("train.py", "^best_metric = ", '"jaccard"  # ')
     assert finish(start(killed_after(20) + RUN_COPY))[0] == 9
