@@ -359,8 +359,8 @@ def decode_utf8(location, content):
         text = content.decode("utf-8")
         if "\0" not in text:
             return text.lstrip("\ufeff")
-    says = f"if it says {content[:30].decode('cp1252', 'ignore')!r}"
-    remedy = f"unpack; or iconv -f GB18030 (or UTF-16; WINDOWS-1252 {says}) -t UTF-8 OLD > NEW"
+    says = re.sub(rb"^[\t -~]+(?=[\t -~]{9})", b"", content)[:30].decode("cp1252", "ignore")
+    remedy = f"unpack; or iconv -f GB18030 (or UTF-16; WINDOWS-1252: {says!r}) -t UTF-8 OLD > NEW"
     raise InputError(f"{location}: not text in UTF-8; in Excel save as CSV UTF-8; {remedy}")
 
 
