@@ -162,14 +162,14 @@ def split_table(table_path, paths):
         if clash := {"text", "label"} & others.keys():
             raise InputError(f"{table_path}: rename the column {min(clash)!r}, not used here")
         rows_of[" ".join(text.split())].append({"text": text, "label": labels, **others})
-    num_empty, joined, old = len(rows_of.pop("", [])), Counter(), {}
-    for text, rows in rows_of.items():  # a database exports a row for each label of a text
+    num_empty, num_joined, old = len(rows_of.pop("", [])), 0, {}
+    most = max(((len(rows), text[:40]) for text, rows in rows_of.items()), default=None)
+    for rows in rows_of.values():  # a database exports a row for each label of a text
         if len({frozenset(row["label"]) for row in rows}) > 1:
             rows[0]["label"] = list(dict.fromkeys(chain(*(row["label"] for row in rows))))
-            joined[text] = len(rows)
+            num_joined += len(rows)
             del rows[1:]
-    most = [f"{text:.40} ({times})" for text, times in joined.most_common(1)]
-    log("rows", without_text=num_empty, joined_by_text=joined.total(), most_of=most)
+    log("rows", without_text=num_empty, joined_by_text=num_joined, most_frequent=most)
     for number, path in enumerate(paths):
         for _, text, *_ in read_examples(path) if os.path.exists(path) else ():
             old[" ".join(text.split())] = number

@@ -283,7 +283,9 @@ def test_rows_of_one_text_become_one_example(table, capsys):
     assert len(sum(files, [])) == len(found) == 50
     assert found["ticket 3"] == ("3", ["billing", "refund", "a"])
     assert found["ticket 30"] == ("30", ["billing"])
-    assert "without_text=2 joined_by_text=42" in printed(capsys, "rows")
+    out = capsys.readouterr().out
+    assert re.search(r"^row .*label=\['billing'\]\nrow .*label=\['b'\]\nrows ", out, re.MULTILINE)
+    assert "without_text=2 joined_by_text=42 most_frequent=(3, 'ticket 4')" in out
 
 
 def test_every_label_with_three_texts_is_in_all_files_in_its_share(table):

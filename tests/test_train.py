@@ -345,10 +345,7 @@ def test_another_loss_is_one_entry_in_a_dict(copied):
 
 
 def test_another_metric_is_added_in_one_place(copied):
-    """It is then printed, drawn, in metrics.json and history.jsonl, and can be best_metric.
-
-    Also if the run was killed; NumPy's number is no float of Python.
-    """
+    """It is printed, drawn, in metrics.json, can be best_metric, and survives a kill."""
     shares = "true.multiply(predicted).sum(1) / np.maximum((true + predicted).sum(1), 1)"
     start_of_dict = r"^def compute_metrics\(.*?metrics = \{"
     insert("data_helper.py", start_of_dict, f'\n        "jaccard": np.mean({shares}),')
