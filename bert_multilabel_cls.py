@@ -29,7 +29,7 @@ log_once = cache(log)  # for what every save of a run would say
 
 
 class BertMultiLabelCls(nn.Module):
-    """BERT, dropout, a linear layer, a sigmoid; by default with the BERT of pretrained_model."""
+    """BERT, dropout, linear, sigmoid. hidden_size None: bert's; bert None: pretrained_model."""
 
     def __init__(self, hidden_size, class_num, dropout=0.1, bert=None):
         super().__init__()
@@ -60,13 +60,13 @@ def init_classifier(model, label_counts, num_texts, sums=None):
     """
     smallest = 1 / (num_texts + 1)  # keeps the odds finite
     biases = [p for name, p in model.fc.named_parameters() if name.endswith("bias")]
-    for bias in [bias for bias in biases if bias.shape == label_counts.shape][-1:]:
-        bias.copy_((label_counts / num_texts).clamp(smallest, 1 - smallest).logit())
-    if sums:
+    if biases and biases[-1].shape == label_counts.shape:
+        biases[-1].copy_((label_counts / num_texts).clamp(smallest, 1 - smallest).logit())
+    if sums and biases:
         mean, counts = sums[0][0] / num_texts, label_counts[:, None]
         covariance = sums[1] / num_texts - torch.outer(mean, mean)
         ridge = 0.1 * covariance.diagonal().mean() + 1e-12  # all texts may be alike
-        shifts = (sums[2] - counts * mean) / (counts + 100)  # by 100 of all texts
+        shifts = (sums[2] - counts * mean) / (counts + 100)  # + 100 average texts
         weights = torch.linalg.solve(covariance + ridge * torch.eye(len(mean)), shifts.T).T
         model.fc.weight.copy_(weights)
         model.fc.bias.sub_((weights @ mean + (weights * shifts).sum(1) / 2).to(model.fc.bias))
@@ -437,7 +437,7 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
     heads = [x.unflatten(-1, (attn.num_attention_heads, -1)).transpose(1, 2) for x in states]
     if layer.training and hidden_states.is_cpu:  # where PyTorch has no fused dropout
         query, key, value = heads
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT
         weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1)
         context = attn.dropout(weights) @ value
     else:
@@ -448,12 +448,12 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
 
 
 class FastDropout(nn.Dropout):
-    """nn.Dropout that draws 16 bits an element on a CPU, where PyTorch draws a number for each."""
+    """nn.Dropout, faster on a CPU: a random number of 64 bits decides about four elements."""
 
     def forward(self, states):
         if not self.training or not states.is_cpu or not 0 < self.p < 1:
             return super().forward(states)
-        words = torch.empty(states.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: states.numel()].view(states.shape)
+        draws = torch.empty(states.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: states.numel()].view(states.shape)
         is_kept = bits.ge_(round(self.p * 2**16) - 2**15)  # in place: vectorized
         return states * is_kept.to(states.dtype).mul_(1 / (1 - self.p))

@@ -325,7 +325,7 @@ def init_distributed(device):
             torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # for a download
-        # After DistributedDataParallel is gone: with gloo, torch 2.13 can hang.
+        # Before DistributedDataParallel is gone torch 2.13 with gloo can hang.
         atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

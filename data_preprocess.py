@@ -55,7 +55,7 @@ def dump_json(project, out_path, indent=None):
 def preprocess(train_data_path, label2idx_path, max_len_ratio=0.9, other_paths=()):
     """Write the sorted label index; print statistics and a max_len for a share of the texts."""
     paths = zip(("train", "dev", "test"), (train_data_path, *other_paths))
-    files = {name: scan_examples(path) for name, path in paths}
+    files = {n: scan_examples(p) for n, p in paths if n == "train" or os.path.exists(p)}
     num_texts, counts = len(files["train"].lengths), files["train"].label_counts
     if not counts:
         raise InputError(f"{train_data_path}: no example has a label")
@@ -98,10 +98,8 @@ def scan_examples(data_path):
 
 def note_odd_labels(files):
     """Print which labels are probably one, or empty cells, or several joined."""
-    counts, where = Counter(), {}
-    for file in files.values():
-        counts.update(file.label_counts)
-        where = file.first_locations | where
+    counts = sum((file.label_counts for file in files.values()), Counter())
+    where = {k: v for f in reversed(files.values()) for k, v in f.first_locations.items()}
     shown = {x: f'"{x:.40}" ({counts[x]}, {where[x]})' for x in counts}
     spellings = defaultdict(list)
     for label in sorted(counts, key=lambda x: (-counts[x], x)):
@@ -146,7 +144,7 @@ def check_labels_known(files, label2idx):
         unknown = {x: n for x, n in sorted(file.label_counts.items()) if x not in label2idx}
         if unknown:
             where = f"{file.first_locations[min(unknown)]}: the label index lacks {unknown!s:.300}"
-            raise InputError(f"{where}; run python data_preprocess.py again, or add to training")
+            raise InputError(f"{where}; add to training if missing, run python data_preprocess.py")
 
 
 def split_table(table_path, paths):
@@ -197,8 +195,8 @@ def stratify(rows_of, kept):
         return text not in kept, -len(rows_of[text]), rarest, digest
 
     def filled(name, file, num):
-        if num_texts[name] < 3:
-            return 1000 * (file > 0)  # all to training
+        if num_texts[name] < 3 or remaining[name] == 1 and not held[name, 0]:
+            return 1000 * (file > 0)  # to training
         urgency = 0 if held[name, file] else 10 / remaining[name] ** 2
         return (held[name, file] + num / 2) / (split[file] * num_rows[name]) - urgency
 
@@ -220,7 +218,8 @@ def write_data_files(paths, parts):
     if own:
         raise InputError(f"{', '.join(own)}: your own, would be replaced; move them away")
     for path, rows in zip(paths, parts):
-        content = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        content = lines.encode(errors="backslashreplace")  # half a character
         written.append(hashlib.sha256(content).hexdigest())
         dump_json({"sha256": written}, record_path)  # first: a kill may come between
         with atomic_write(path) as temporary:
@@ -266,8 +265,8 @@ def read_table(table_path):
     columns = [label_columns] if isinstance(label_columns, str) else list(label_columns)
     header = next((cells for _, cells in read_cells(table_path)), {text_column: ""})
     missing = [column for column in columns if column not in header]
-    some = 0 < len(missing) < len(columns) or len({text_column, *columns}) <= len(columns)
-    if some or text_column not in header:
+    bad = 0 < len(missing) < len(columns) or len({text_column, *columns}) <= len(columns)
+    if bad or text_column not in header:
         names = f"{[text_column, *columns]} are not all different ones of {[*header]}"
         raise InputError(f"{table_path}: {names}; set text_column and label_columns")
     if not label_separator or quotes not in ("auto", True, False):
@@ -453,7 +452,7 @@ def main():
         sample = [f"./data/sample/{os.path.basename(path)}" for path in paths]
         write_data_files(paths, [[row for _, row in read_jsonl(path)] for path in sample])
         log("note", "no data yet: copied ./data/sample; for your own table set table_path")
-    preprocess(train_data_path, label2idx_path, other_paths=filter(os.path.exists, paths[1:]))
+    preprocess(train_data_path, label2idx_path, other_paths=paths[1:])
 
 
 if __name__ == "__main__":

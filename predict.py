@@ -327,7 +327,7 @@ def finish_output(part_path, label2idx):
             next(lines)  # the settings
             yield from map(json.loads, lines)
 
-    header = dict.fromkeys(chain(*read_rows())) if is_table(output_path) else ()
+    header = dict.fromkeys(chain.from_iterable(read_rows())) if is_table(output_path) else ()
     write_rows(read_rows(), output_path, header)
     from sklearn.preprocessing import MultiLabelBinarizer  # half a second
 
@@ -349,8 +349,8 @@ def main():
     """Label the texts or the file of the command line, else input_path, else `texts`."""
     global input_path, output_path
     given, formats = sys.argv[1:], (".csv", ".tsv", ".json", ".jsonl", ".txt", ".xlsx")
-    is_file = [os.path.isfile(x) or x.lower().endswith(formats) and " " not in x for x in given]
-    files = [x for x, is_one in zip(given, is_file) if is_one and given[0] != "--"]
+    files = [x for x in given if os.path.isfile(x) or x.lower().endswith(formats) and " " not in x]
+    files = [] if given[:1] == ["--"] else files
     if files and (len(given) > 1 or not os.path.isfile(files[0])):
         raise InputError(f"{files[0]!r}: name one file that exists, or after -- only texts")
     if files:
@@ -359,10 +359,10 @@ def main():
         output_path = output_path or f"{root}_labelled{suffix}"
     if (input_path or output_path) and not given:
         return predict_file()
-    given = given[1:] if given[:1] == ["--"] else given
+    given = [x for i, x in enumerate(given) if i != (*given, "--").index("--")]  # the first
     mode = os.fstat(0).st_mode if sys.stdin else 0
     is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-    lines = [line.strip("\ufeff\n") for line in sys.stdin] if is_piped and not given else []
+    lines = [line.strip("\ufeff\r\n") for line in sys.stdin] if is_piped and not given else []
     shown = given or lines or texts
     for text, pairs in zip(shown, predict_with_scores(shown) if is_main_process() else ()):
         labels = " ".join(f"{label}({prob:.3f})" for label, prob in pairs) or "no label"

@@ -50,10 +50,10 @@ errors_name = "errors.jsonl"  # misclassified texts of dev and test; or "errors.
 device = "cuda" if torch.cuda.is_available() else "cpu"
 precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a GPU "fp16"
 
-# "auto" is by the data and the encoder, and is printed; a number is taken as it is.
-lr = "auto"  # peak learning rate; 2e-5 at base size, 8e-5 for a hidden size of 384
+# "auto": chosen by data and encoder, and printed; a number is used as it is.
+lr = "auto"  # peak learning rate; 2e-5 at base size, 8e-5 at 384, from scratch 2.5e-4
 head_lr_factor = 10  # pooler and classifier learn so many times as fast; not from scratch
-epochs = "auto"  # 10, on little data as many as make 650 steps
+epochs = "auto"  # 10, from scratch 12; on little data more, for 650 steps
 batch_size = "auto"  # texts per process; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
@@ -71,17 +71,17 @@ checkpoint_minutes = 10  # from checkpoint to checkpoint; one more after every e
 resume = True  # continue an interrupted run; False starts over
 
 
-@only_process(lambda: output_path("train.lock"), "trains into this folder")
+@only_process(lambda: folder_path("train.lock"), "trains into this folder")
 def train():
     """Train, keep the epoch that is best on dev, test it. Resumes an interrupted run."""
     check_constants()
     limit_threads()
     rank, world_size = init_distributed(device)
-    broadcast_object(lambda: complete_save(output_path("")))
+    broadcast_object(lambda: complete_save(folder_path("")))
     dtype = choose_dtype(precision, device)
     label2idx = load_label2idx(label2idx_path)
     check_data(label2idx)
-    torch.manual_seed(seed)  # of a pooler that the encoder lacks, too
+    torch.manual_seed(seed)  # also for a pooler the encoder lacks
     bert, tokenizer = load_encoder()
 
     # Data: texts of similar length share a batch.
@@ -120,7 +120,7 @@ def train():
                 break
             model.train()
             sampler.set_epoch(epoch, start_batch)
-            train_loss = torch.tensor(train_loss, device=device)  # a tensor: no sync per batch
+            train_loss = torch.tensor(train_loss, device=device)  # a tensor: no wait per batch
             for i, batch in enumerate(dataloader, start_batch):
                 step = epoch * num_batches + i
                 torch.manual_seed(hash((seed, step, rank)))  # as in a resumed run
@@ -141,24 +141,24 @@ def train():
                     scaler.update()
                     scheduler.step()
                     optimizer.zero_grad()
-                    checkpoint.save_if_due(epoch, i + 1, train_loss, history, signals)
-            if not history:  # the first model may be saved over the encoder of this run
-                checkpoint.save(epoch, num_batches, train_loss, history, signals)
+                    checkpoint.save_if_due(signals, epoch, i + 1, train_loss, history)
+            if not history:  # first: save_model below may replace the encoder of this run
+                checkpoint.save(signals, epoch, num_batches, train_loss, history)
 
             # Evaluate on dev; keep the best epoch.
             dev_loss, _, predictions = dev(model, dev_dataloader, criterion, True)
             mean_loss = sum(all_gather_object(train_loss.item())) / world_size / steps_per_epoch
             metrics = compute_metrics(predictions.true, predict_labels(predictions.probs))
             row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss} | metrics
-            scores = [(r.get(best_metric, 0), -r["dev_loss"]) for r in (*history, row)]
-            row["saved"] = all(score < scores[-1] for score in scores[:-1])
+            *old, new = ((r.get(best_metric, 0), -r["dev_loss"]) for r in (*history, row))
+            row["saved"] = all(score < new for score in old)  # at a tie by loss
             history.append(row)
             log_epoch(log_scalars, row, (epoch + 1) * num_batches - 1)
             if row["saved"] and rank == 0:
                 tuned, cut = tune_thresholds(predictions, label2idx), (max_len, keep_tail)
                 save_model(model, tokenizer, label2idx, save_model_path, tuned, cut)
             start_batch, train_loss = 0, 0.0
-            checkpoint.save(epoch + 1, 0, train_loss, history, signals)
+            checkpoint.save(signals, epoch + 1, 0, train_loss, history)
 
     report(history, checkpoint)
     if rank == 0:
@@ -199,28 +199,28 @@ def test(model_path, test_data_path, return_report=False):
 
 
 def focal_loss(probs, labels):
-    """Return the mean of -(1 - p)^1 log p, p of what is right: arXiv 1708.02002, eq. 4."""
+    """Return the focal loss for gamma 1: the mean of -(1 - p_t) log p_t, arXiv 1708.02002."""
     return ((probs - labels).abs() * nn.BCELoss(reduction="none")(probs, labels)).mean()
 
 
-# What training minimizes, of probabilities and labels (B, C).
+# What training minimizes, of probs and labels (B, C); dev calls it on the CPU.
 losses = {"bce": nn.BCELoss(), "focal": focal_loss}
 
 
 def check_constants():
     """Raise InputError if a constant is out of range."""
-    none = csr_matrix((1, 1), dtype=bool)
+    zero = csr_matrix((1, 1), dtype=bool)
     choices = {"loss_name": losses, "errors_name": ("errors.jsonl", "errors.csv")}
-    choices["best_metric"] = ("loss", *compute_metrics(none, none))
+    choices["best_metric"] = ("loss", *compute_metrics(zero, zero))
     for name, values in choices.items():
         if globals()[name] not in values:
             raise InputError(f"{name} = {globals()[name]!r}: not one of {', '.join(values)}")
     counts = {"epochs": 1, "batch_size": 1, "accumulation_steps": 1, "log_steps": 1, "patience": 0}
     others = {"seed": 0, "lr": 0, "head_lr_factor": 0, "max_grad_norm": 0, "checkpoint_minutes": 0}
-    for name, least in (counts | others | dict(warmup_ratio=0, dropout=0, weight_decay=0)).items():
-        if globals()[name] != "auto" or name not in ("epochs", "batch_size", "lr"):
-            most = 1 if name in ("warmup_ratio", "dropout", "weight_decay") else 2**31
-            check_number(name, globals()[name], least, most, integer=name in counts)
+    shares = {"warmup_ratio": 0, "dropout": 0, "weight_decay": 0}
+    for k, least in (counts | others | shares).items():
+        if globals()[k] != "auto" or k not in ("epochs", "batch_size", "lr"):
+            check_number(k, globals()[k], least, 1 if k in shares else 2**31, integer=k in counts)
 
 
 def check_data(label2idx):
@@ -275,13 +275,13 @@ def plan(bert, num_texts, min_steps=650):
 
 
 def create_optimizer(model, encoder_lr, head_lr, num_steps):
-    """Return (AdamW, its schedule); the head is pooler and classifier; vectors do not decay."""
+    """Return (AdamW, its schedule); head: pooler, classifier; biases, LayerNorm: no decay."""
     head_ids = {id(p) for p in (*model.bert.pooler.parameters(), *model.fc.parameters())}
     groups = {}
     for p in sorted(model.parameters(), key=lambda p: id(p) in head_ids):  # encoder first
-        key = head_lr if id(p) in head_ids else encoder_lr, weight_decay if p.ndim > 1 else 0.0
+        key = head_lr if id(p) in head_ids else encoder_lr, weight_decay * (p.ndim > 1)
         groups.setdefault(key, []).append(p)
-    groups = [{"params": ps, "lr": key[0], "weight_decay": key[1]} for key, ps in groups.items()]
+    groups = [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()]
     optimizer = torch.optim.AdamW(groups, fused=True)
     warmup = round(warmup_ratio * num_steps)
     return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, num_steps)
@@ -301,8 +301,8 @@ def log_setup(model, dtype, dataset):
 
 def get_run_config(bert, dtype, train_dataset):
     """Return {name: value} of all that must not change before a run resumes."""
-    names = [name for name, value in globals().items() if isinstance(value, (int, float, str))]
-    config = {name: globals()[name] for name in names if not name.startswith("_")}
+    config = {k: v for k, v in globals().items() if isinstance(v, (int, float, str))}
+    config = {k: v for k, v in config.items() if not k.startswith("_")}
     config |= {"save_model_path": str(save_model_path), "device": str(device), "dtype": str(dtype)}
     config |= {"encoder": bert.name_or_path, "processes": get_world_size()}
     config["tokens of train_path"] = zlib.crc32(train_dataset.ids.numpy())
@@ -317,7 +317,7 @@ class Checkpoint:
     """Where a run is: on disk every checkpoint_minutes, after epochs and signals."""
 
     def __init__(self, config, *parts):
-        self.path, self.config, self.parts = output_path("checkpoint.pth"), config, parts
+        self.path, self.config, self.parts = folder_path("checkpoint.pth"), config, parts
         self.run_name, self.saved_at = time.strftime("%Y-%m-%d_%H-%M-%S"), time.monotonic()
 
     def restore(self, rank):
@@ -340,13 +340,13 @@ class Checkpoint:
         log("resume", f"from {self.path}", epoch=saved["epoch"] + 1, batch=saved["batch"])
         return saved["epoch"], saved["batch"], train_losses[rank], saved["history"]
 
-    def save_if_due(self, *state):
+    def save_if_due(self, signals, *state):
         """Save after a signal or checkpoint_minutes; all processes do the same."""
-        minutes, signals = (time.monotonic() - self.saved_at) / 60, state[-1]
+        minutes = (time.monotonic() - self.saved_at) / 60
         if any(all_gather_object(bool(signals) or minutes >= checkpoint_minutes)):
-            self.save(*state)
+            self.save(signals, *state)
 
-    def save(self, epoch, batch, train_loss, history, signals):
+    def save(self, signals, epoch, batch, train_loss, history):
         """Write the checkpoint, unless training has diverged. After a signal, exit."""
         check_finite(sum(parameter.detach().sum() for parameter in self.parts[0].parameters()))
         saved = {"config": self.config, "run_name": self.run_name, "history": history}
@@ -356,7 +356,7 @@ class Checkpoint:
             with atomic_write(self.path) as path:
                 torch.save(saved, path)
             if history:
-                write_rows(history, output_path("history.jsonl"))
+                write_rows(history, folder_path("history.jsonl"))
         self.saved_at, number = time.monotonic(), max(all_gather_object(max(signals, default=0)))
         if number:
             log("stopped", f"saved in {self.path}; with resume = True the same command goes on")
@@ -368,14 +368,14 @@ def handle_signals():
     """Give a list to which SIGTERM and Ctrl-C add their number; a second Ctrl-C interrupts."""
     signals, handlers = [], {}
 
-    def handler(number, _):
-        if number == signal.SIGINT in signals and get_world_size() == 1:  # torchrun sends two
+    def handler(n, _):
+        if n == signal.SIGINT and n in signals and get_world_size() == 1:  # torchrun sends two
             raise KeyboardInterrupt
-        signals.append(number)
+        signals.append(n)
         if is_main_process():  # print may have been interrupted
             os.write(1, b"stopping after this step, to save; Ctrl-C again: at once\n")
 
-    if threading.current_thread() is threading.main_thread():  # alone allowed
+    if threading.current_thread() is threading.main_thread():  # only it may
         handlers = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield signals
@@ -403,15 +403,15 @@ def log_epoch(log_scalars, row, step):
     scores = {k: v for k, v in row.items() if k not in ("epoch", "saved")}
     shown = {k.removeprefix("train_"): f"{v:.3f}" for k, v in scores.items()}
     log("epoch", str(row["epoch"]), **shown)
-    log_scalars({f"epoch/{name}": value for name, value in scores.items()}, step)
-    if row["micro_f1"] == 0:
+    log_scalars({f"epoch/{k}": v for k, v in scores.items()}, step)
+    if row.get("micro_f1") == 0:
         remedy = "if it stays so, raise lr or epochs, or lower threshold in predict.py"
         log("note", f"no right label on dev after epoch {row['epoch']}; {remedy}")
 
 
 def open_writer(run_name, next_step):
     """Return a function that draws {name: value} at a step, if tensorboard is installed."""
-    writer, folder = None, output_path(f"runs/{run_name}")
+    writer, folder = None, folder_path(f"runs/{run_name}")
     with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -434,7 +434,7 @@ def report(history, checkpoint):
     for name, path in (("dev", dev_path), ("test", test_path)):
         metrics[name], file_errors = test(save_model_path, path, return_report=True)
         errors += file_errors
-    log_label_metrics(metrics["test"]["by_label"], f"all are in {output_path('metrics.json')}")
+    log_label_metrics(metrics["test"]["by_label"], f"all are in {folder_path('metrics.json')}")
     best_epoch = [row["epoch"] for row in history if row["saved"]][-1]
     log("scores", f"of epoch {best_epoch}: {'/'.join(metrics['dev']['at_0.5'])}")
     for name, scores in metrics.items():
@@ -443,12 +443,12 @@ def report(history, checkpoint):
     if is_main_process():
         run = {"run_name": checkpoint.run_name, "best_epoch": best_epoch}
         run |= {"torch": torch.__version__, "constants": checkpoint.config}
-        run["thresholds"] = load_json(output_path("config.json"))["thresholds"]
-        write_rows(errors, output_path(errors_name))
-        dump_json(run | metrics, output_path("metrics.json"), indent=1)
+        run["thresholds"] = load_json(folder_path("config.json"))["thresholds"]
+        write_rows(errors, folder_path(errors_name))
+        dump_json(run | metrics, folder_path("metrics.json"), indent=1)
 
 
-def output_path(name):  # in the model's folder
+def folder_path(name):  # in the model's folder
     return os.path.join(os.path.dirname(get_pth_path(save_model_path)), name)
 
 
