@@ -205,10 +205,7 @@ def test_texts_of_similar_length_share_a_batch_and_rarely_the_same_ones_again(le
     "processes, accumulation", [(1, 1), (1, 2), (1, 5), (2, 1), (2, 2), (3, 1), (3, 5)]
 )
 def test_each_step_is_the_mean_over_its_texts(project, encoder_folder, processes, accumulation):
-    """19 texts in batches of 6: of the last, a single text, the other processes get none.
-
-    The gradient of the classifier's bias is then the mean of probability − label.
-    """
+    """19 texts in batches of 6: of the last, a single text, the other processes get none."""
     texts = ["".join("中超股市"[n // 4**k % 4] for k in range(3)) for n in range(19)]
     rows = [(text, ["体育", "股市"][: n % 3]) for n, text in enumerate(texts)]
     write_jsonl("data/train.json", rows)
