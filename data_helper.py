@@ -35,7 +35,7 @@ from data_preprocess import read_examples, run_script
 
 # The small BERT that train.py trains from scratch if bert-base-chinese is missing.
 scratch_config = dict(num_hidden_layers=1, hidden_size=512, num_attention_heads=64)
-scratch_config |= dict(intermediate_size=512, attention_probs_dropout_prob=0.3)
+scratch_config |= dict(intermediate_size=512, attention_probs_dropout_prob=0.65)
 
 
 class MultiClsDataSet(Dataset):
