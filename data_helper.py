@@ -277,10 +277,10 @@ def misclassified(examples, predictions, names):
         labels, chosen = ([names[c] for c in matrix[i].indices] for matrix in (true, predicted))
         scores = {names[c]: round(float(p), 4) for c, p in zip(probs[i].indices, probs[i].data)}
         row = {"location": location, "text": text, "true": labels, "predicted": chosen}
-        row["missed"] = [name for name in labels if name not in chosen]
-        row["false_positives"] = [name for name in chosen if name not in labels]
-        row["probability"] = {name: scores[name] for name in dict.fromkeys(labels + chosen)}
-        yield row | {f"{key}_" if key in row else key: value for key, value in others.items()}
+        row["missed"] = [x for x in labels if x not in chosen]
+        row["false_positives"] = [x for x in chosen if x not in labels]
+        row["probability"] = {x: scores[x] for x in dict.fromkeys(labels + chosen)}
+        yield row | {f"{k}_" if k in row else k: v for k, v in others.items()}
 
 
 def write_rows(rows, out_path, header=None):
@@ -308,7 +308,7 @@ def log_label_metrics(by_label, where):
     """Print a line per label, the weakest first, of many labels ten; `where` all are."""
     rows = sorted(by_label.items(), key=lambda item: item[1]["f1"])
     for name, row in rows[: 10 if len(rows) >= 50 else len(rows)]:
-        scores = {key: f"{row[key]:.3f}" for key in ("precision", "recall", "f1")}
+        scores = {k: f"{row[k]:.3f}" for k in ("precision", "recall", "f1")}
         log("label", f"{name:.40}", **scores, support=int(row["support"]))
     if len(rows) >= 50:
         log("label", f"… {len(rows) - 10} others; {where}")

@@ -278,10 +278,10 @@ def check_input(label2idx):
         clash = ours & {*others, data_preprocess.text_column}
         if clash:
             raise InputError(f"{location}: rename the column {min(clash)!r}, also of the output")
-        unknown.update(label for label in labels or () if label not in label2idx)
+        unknown.update(x for x in labels or () if x not in label2idx)
         num_texts += 1
     if unknown:
-        names = ", ".join(f"{name} ({times})" for name, times in unknown.most_common(5))
+        names = ", ".join(f"{x} ({n})" for x, n in unknown.most_common(5))
         log("note", f"{len(unknown)} labels that the model lacks, not in the scores: {names}")
     return num_texts
 
@@ -289,7 +289,7 @@ def check_input(label2idx):
 def open_part(part_path, thresholds, config):
     """Return how many texts part_path has, in whole chunks; cut off what follows."""
     names = "device precision min_labels max_labels all_probabilities chunk_size input_path".split()
-    settings = {name: str(globals()[name]) for name in names}
+    settings = {k: str(globals()[k]) for k in names}
     for name in ("text_column", "label_columns", "label_separator", "quotes"):
         settings[name] = str(getattr(data_preprocess, name))
     status, settings["the model"] = os.stat(input_path), str(model_times())
@@ -302,7 +302,7 @@ def open_part(part_path, thresholds, config):
         first = file.readline()
         with clear_errors(f"{part_path}: not the progress of a prediction"):
             old = dict(json.loads(first)) if first.endswith(b"\n") else {}  # killed in this line
-        changed = [name for name in settings if old and old.get(name) != settings[name]]
+        changed = [k for k in settings if old and old.get(k) != settings[k]]
         if changed:
             raise InputError(f"{part_path}: changed: {', '.join(changed)}; undo it, or delete this")
         size = length = len(first) if old else 0

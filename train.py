@@ -226,7 +226,7 @@ def check_constants():
 def check_data(label2idx):
     """Read all files: a bad line is reported now, not hours later."""
     paths = {"train": train_path, "dev": dev_path, "test": test_path}
-    files = {name: scan_examples(path) for name, path in paths.items()}
+    files = {k: scan_examples(path) for k, path in paths.items()}
     check_labels_known(files, label2idx)
     log("data", **{name: len(f.lengths) for name, f in files.items()}, labels=len(label2idx))
     for name, file in files.items():
@@ -317,7 +317,8 @@ class Checkpoint:
     """Where a run is: on disk every checkpoint_minutes, after epochs and signals."""
 
     def __init__(self, config, *parts):
-        self.path, self.config, self.parts = folder_path("checkpoint.pth"), config, parts
+        self.path = folder_path("checkpoint.pth")
+        self.config, self.parts = config, parts
         self.run_name, self.saved_at = time.strftime("%Y-%m-%d_%H-%M-%S"), time.monotonic()
 
     def restore(self, rank):
