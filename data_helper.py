@@ -347,7 +347,7 @@ def all_gather_object(value):
 @torch.inference_mode()
 def sum_pooled(model, dataset, device, dtype):
     """Return the sums over the texts from which init_classifier starts many labels, or None."""
-    if type(model.fc) is not nn.Linear or model.fc.out_features < 500:
+    if type(model.fc) is not nn.Linear or dataset.class_num < 500 or not model.bert.name_or_path:
         return None
     log("note", "many labels: the classifier starts from the texts of each")
     num_labels, size = model.fc.weight.shape

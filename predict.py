@@ -348,9 +348,10 @@ def finish_output(part_path, label2idx):
 def main():
     """Label the texts or the file of the command line, else input_path, else `texts`."""
     global input_path, output_path
-    given, formats = sys.argv[1:], (".csv", ".tsv", ".json", ".jsonl", ".txt", ".xlsx")
-    files = [x for x in given if os.path.isfile(x) or x.lower().endswith(formats) and " " not in x]
-    files = [] if given[:1] == ["--"] else files
+    given, pattern = sys.argv[1:], r"(?i)[^ ]+\.(csv|tsv|jsonl?|txt|xlsx)"
+    end = given.index("--") if "--" in given else len(given)  # what follows are texts
+    files = [x for x in given[:end] if os.path.isfile(x) or re.fullmatch(pattern, x)]
+    given = given[:end] + given[end + 1 :]
     if files and (len(given) > 1 or not os.path.isfile(files[0])):
         raise InputError(f"{files[0]!r}: name one file that exists, or after -- only texts")
     if files:
@@ -359,7 +360,6 @@ def main():
         output_path = output_path or f"{root}_labelled{suffix}"
     if (input_path or output_path) and not given:
         return predict_file()
-    given = [x for i, x in enumerate(given) if i != (*given, "--").index("--")]  # the first
     mode = os.fstat(0).st_mode if sys.stdin else 0
     is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     lines = [line.strip("\ufeff\r\n") for line in sys.stdin] if is_piped and not given else []

@@ -97,7 +97,7 @@ def train():
 
     # Model, loss, optimizer.
     model = BertMultiLabelCls(None, len(label2idx), dropout, bert).to(device)
-    sums = sum_pooled(model, train_dataset, device, dtype) if bert.name_or_path else None
+    sums = sum_pooled(model, train_dataset, device, dtype)  # None for few labels
     init_classifier(model, train_dataset.label_counts, len(train_dataset), sums)
     network = model if world_size == 1 else DistributedDataParallel(model)
     criterion = losses[loss_name]
