@@ -41,10 +41,11 @@ repeats = 3
 max_len = 128
 # texts that are measured: in batches of training, of which the article gets a quarter, as all of
 # its batches have one shape; in texts of prediction, of which its loop, one by one, gets a quarter
-steps = {"base": 8, "mini": 64}
-predicted_texts = {"base": 256, "mini": 2048}
+steps = {"base": 8, "mini": 48}
+predicted_texts = {"base": 256, "mini": 1024}
 # layers, hidden size, heads, intermediate size
 sizes = {"base": (12, 768, 12, 3072), "mini": (4, 256, 4, 1024)}
+inputs = "input_ids", "attention_mask", "token_type_ids"
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -158,17 +159,15 @@ class Bench:
         count = count or steps[self.size] * self.batch_size // 4
         options = dict(padding="max_length", truncation=True, max_length=max_len)
         encoded = self.tokenizer(self.texts[:count], return_tensors="pt", **options)
-        names = "input_ids", "attention_mask", "token_type_ids"
-        rows = list(zip(*(encoded[name] for name in names), self.labels))
+        rows = list(zip(*(encoded[name] for name in inputs), self.labels))
         loader = DataLoader(rows, batch_size=self.batch_size, shuffle=True)
         model, result = ArticleNet("encoder", self.classes).to(device).train(), {}
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-        criterion = nn.BCELoss()
         with timed(result):
             for batch in loader:
                 optimizer.zero_grad()
-                *inputs, labels = [tensor.to(device) for tensor in batch]
-                criterion(model(*inputs), labels).backward()
+                *tensors, labels = [tensor.to(device) for tensor in batch]
+                nn.BCELoss()(model(*tensors), labels).backward()
                 optimizer.step()
         return dict(result, texts=count, padded=count * max_len / sum(self.lengths[:count]))
 
@@ -180,7 +179,6 @@ class Bench:
             """Notes which texts share a batch."""
 
             def __call__(self, features):
-                """Return the batch."""
                 grouped.append([feature.pop("number") for feature in features])
                 return super().__call__(features)
 
@@ -188,12 +186,10 @@ class Bench:
             """Times the loop alone, as for the others."""
 
             def on_train_begin(self, *_, **__):
-                """Start."""
                 self.block = timed(result)
                 self.block.__enter__()
 
             def on_train_end(self, *_, **__):
-                """Stop."""
                 self.block.__exit__(None, None, None)
 
         encoded = self.tokenizer(self.texts[:count], truncation=True, max_length=max_len)
@@ -204,21 +200,12 @@ class Bench:
         model = BertForSequenceClassification.from_pretrained(
             "encoder", num_labels=self.classes, problem_type="multi_label_classification"
         )
-        arguments = TrainingArguments(
-            output_dir="trainer",
-            per_device_train_batch_size=self.batch_size,
-            num_train_epochs=1,
-            bf16=bert_multilabel_cls.choose_dtype("auto", device) == torch.bfloat16,
-            train_sampling_strategy="group_by_length",
-            optim="adamw_torch_fused",
-            learning_rate=2e-5,
-            use_cpu=device == "cpu",
-            tf32=True if device == "cuda" else None,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
+        options = dict(per_device_train_batch_size=self.batch_size, num_train_epochs=1)
+        options |= dict(bf16=bert_multilabel_cls.choose_dtype("auto", device) == torch.bfloat16)
+        options |= dict(train_sampling_strategy="group_by_length", optim="adamw_torch_fused")
+        options |= dict(use_cpu=device == "cpu", tf32=True if device == "cuda" else None)
+        options |= dict(save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=2e-5)
+        arguments = TrainingArguments("trainer", remove_unused_columns=False, **options)
         collator = Collator(self.tokenizer)
         trainer = Trainer(model, arguments, collator, train_dataset=rows, callbacks=[Clock()])
         with redirect_stdout(StringIO()):
@@ -239,28 +226,20 @@ class Bench:
         texts, result = self.texts[: predicted_texts[self.size] // 4], {}
         model = self.article.eval()
         options = dict(return_tensors="pt", max_length=max_len, padding=True, truncation=True)
-        names = "input_ids", "attention_mask", "token_type_ids"
         with timed(result):
             for text in texts:
                 encoded = self.tokenizer([text], **options).to(device)
-                model(*(encoded[name] for name in names)).cpu().tolist()
+                model(*(encoded[name] for name in inputs)).cpu().tolist()
         return dict(result, texts=len(texts), padded=1.0)
 
     def predict_pipeline(self):
         """transformers.pipeline with batch 32."""
         texts, result = self.texts[: predicted_texts[self.size]], {}
         model = BertForSequenceClassification.from_pretrained("encoder", num_labels=self.classes)
-        run = pipeline(
-            "text-classification",
-            model=model,
-            tokenizer=self.tokenizer,
-            device=device,
-            batch_size=32,
-            top_k=None,
-            function_to_apply="sigmoid",
-            truncation=True,
-            max_length=max_len,
-        )
+        options = dict(model=model, tokenizer=self.tokenizer, device=device, batch_size=32)
+        options |= dict(truncation=True, max_length=max_len)
+        options |= dict(function_to_apply="sigmoid", top_k=None)
+        run = pipeline("text-classification", **options)
         run(texts[:2])
         with timed(result):
             run(texts)
