@@ -38,8 +38,7 @@ from data_helper import build_scratch_encoder, collect_predictions, compute_metr
 from data_helper import init_distributed, log_label_metrics, metrics_report, misclassified
 from data_helper import only_process, predict_labels, sum_pooled, tune_thresholds, write_rows
 from data_preprocess import InputError, atomic_write, check_labels_known, dump_json, get_world_size
-from data_preprocess import is_main_process, load_json, log, read_examples, run_script
-from data_preprocess import scan_examples
+from data_preprocess import is_main_process, log, read_examples, run_script, scan_examples
 
 train_path = "./data/train.json"
 dev_path = "./data/dev.json"
@@ -444,7 +443,6 @@ def report(history, checkpoint):
     if is_main_process():
         run = {"run_name": checkpoint.run_name, "best_epoch": best_epoch}
         run |= {"torch": torch.__version__, "constants": checkpoint.config}
-        run["thresholds"] = load_json(folder_path("config.json"))["thresholds"]
         write_rows(errors, folder_path(errors_name))
         dump_json(run | metrics, folder_path("metrics.json"), indent=1)
 
