@@ -34,8 +34,9 @@ from data_preprocess import read_examples, run_script
 
 
 # The small BERT that train.py trains from scratch if bert-base-chinese is missing.
-scratch_config = dict(num_hidden_layers=1, hidden_size=512, num_attention_heads=64)
-scratch_config |= dict(intermediate_size=512, attention_probs_dropout_prob=0.65)
+scratch_config = dict(num_hidden_layers=1, hidden_size=512, num_attention_heads=64) | dict(
+    intermediate_size=512, attention_probs_dropout_prob=0.65
+)
 
 
 class MultiClsDataSet(Dataset):
@@ -44,7 +45,8 @@ class MultiClsDataSet(Dataset):
     input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1. An item
     is (input_ids, attention_mask, token_type_ids, labels), of a list of indices a batch, padded to
     its own longest text. keep_tail: tokens kept from the end of a longer text. examples: of
-    read_examples, in place of a file. Raises InputError naming the line of an invalid example.
+    read_examples, in place of a file. windows: a longer text is read whole, in several items, of
+    which text_of, (N,), has the text. Raises InputError naming the line of an invalid example.
     """
 
     def __init__(
@@ -56,13 +58,14 @@ class MultiClsDataSet(Dataset):
         label2idx=None,
         keep_tail=0,
         examples=None,
+        windows=False,
     ):
         check_truncation(max_len, keep_tail)
         self.label2idx = load_label2idx(label2idx_path) if label2idx is None else label2idx
         name = bert_multilabel_cls.pretrained_model
         self.tokenizer = tokenizer or load_pretrained(BertTokenizer, name)
         self.class_num, self.max_len, self.keep_tail = len(self.label2idx), max_len, keep_tail
-        self.encode(read_examples(data_path, needs_labels=True) if examples is None else examples)
+        self.encode(examples or read_examples(data_path, needs_labels=True), windows)
 
     input_ids = property(lambda self: self[:][0])
     attention_mask = property(lambda self: self[:][1])
@@ -76,12 +79,13 @@ class MultiClsDataSet(Dataset):
         input_ids, attention_mask, token_type_ids, labels = MultiClsDataSet(data_path, *options)[:]
         return input_ids, token_type_ids, attention_mask, labels
 
-    def encode(self, examples):
-        """Set ids, of all texts end to end; lengths, offsets (N,); label_matrix, sparse (N, C)."""
+    def encode(self, examples, windows):
+        """Set ids, of all items end to end; lengths, offsets, text_of (N,); labels of the texts."""
         ids, lengths, columns, row_ends = array("i"), array("q"), array("i"), array("q", [0])
         mask = self.tokenizer("a", return_special_tokens_mask=True).special_tokens_mask
-        tail = self.keep_tail + (mask[::-1].index(0) if 0 in mask else 1)  # with [SEP]
-        examples, most = iter(examples), 1000 * self.max_len  # characters
+        first, last = (m.index(0) if 0 in m else 1 for m in (mask, mask[::-1]))  # [CLS], [SEP]
+        size, head = self.max_len - first - last, self.max_len - last - self.keep_tail
+        examples, most, num_items = iter(examples), 1000 * self.max_len, []  # characters
         while chunk := list(islice(examples, 256)):
             for location, _, labels, _ in chunk:
                 if unknown := [name for name in labels if name not in self.label2idx]:
@@ -91,14 +95,20 @@ class MultiClsDataSet(Dataset):
             texts = [text.strip() for _, text, *_ in chunk]
             texts = [text[:most] + text[most:][-most:] for text in texts]
             for text_ids in self.tokenizer(texts, verbose=False, truncation=False).input_ids:
-                if len(text_ids) > self.max_len:  # Sun et al. 2019, arXiv 1905.05583, 5.3.1
-                    text_ids = text_ids[: self.max_len - tail] + text_ids[-tail:]
-                ids.extend(text_ids)
-                lengths.append(len(text_ids))
+                items, end = [text_ids], len(text_ids) - last
+                if end - first > size and windows:
+                    parts = [text_ids[i : min(i + size, end)] for i in range(first, end, size)]
+                    items = [text_ids[:first] + part + text_ids[end:] for part in parts]
+                elif end - first > size:  # Sun et al. 2019, arXiv 1905.05583, 5.3.1
+                    items = [text_ids[:head] + text_ids[end - self.keep_tail :]]
+                ids.extend(chain(*items))
+                lengths.extend(map(len, items))
+                num_items.append(len(items))
         self.ids, self.lengths = (torch.from_numpy(np.array(values)) for values in (ids, lengths))
+        self.text_of = np.arange(len(num_items)).repeat(num_items)
         self.offsets = self.lengths.cumsum(0) - self.lengths
         entries = np.ones(len(columns), dtype=bool), np.array(columns), np.array(row_ends)
-        self.label_matrix = csr_matrix(entries, shape=(len(lengths), self.class_num))
+        self.label_matrix = csr_matrix(entries, shape=(len(num_items), self.class_num))
 
     def __len__(self):
         return len(self.lengths)
@@ -110,8 +120,9 @@ class MultiClsDataSet(Dataset):
         mask = columns < lengths
         input_ids = self.ids[(offsets + columns).clamp(max=len(self.ids) - 1)].long()
         input_ids.masked_fill_(~mask, self.tokenizer.pad_token_id or 0)  # masked anyway
-        labels = self.label_matrix[item].toarray().reshape(*mask.shape[:-1], self.class_num)
-        return input_ids, mask.long(), torch.zeros_like(input_ids), torch.from_numpy(labels).float()
+        labels = self.label_matrix[self.text_of[item]].toarray()
+        labels = torch.from_numpy(labels.reshape(*mask.shape[:-1], self.class_num)).float()
+        return input_ids, mask.long(), torch.zeros_like(input_ids), labels
 
 
 class GroupedBatchSampler(Sampler):
@@ -249,16 +260,10 @@ def metrics_report(predictions, names, thresholds):
 def tune_thresholds(predictions, names, smoothing=40):
     """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie nearest to 0.5."""
     true, probs, *_ = predictions
-    grid = np.arange(5, 96, dtype=np.float32) / 100
-    size = len(grid) + 1, true.shape[1]
-    cells = np.searchsorted(grid, probs.data) * size[1] + probs.indices
-    counts = [np.broadcast_to(true.sum(0).A1, (len(grid), size[1]))]  # support, and how many
-    is_true = (true.astype(int) + probs.astype(bool)).data == 2  # each entry of probs
-    for weights in (None, is_true):  # entries, and true ones, are above: (91, C)
-        in_bins = np.bincount(cells, weights, np.prod(size)).reshape(size)
-        counts.append(in_bins[::-1].cumsum(0)[::-1][1:])
-    nearest_first = np.abs(grid - np.float32(0.5)).argsort(kind="stable")
-    counts, grid = np.stack(counts)[:, nearest_first], grid[nearest_first].astype(float).round(2)
+    grid = sorted(range(5, 96), key=lambda percent: abs(percent - 50))
+    grid = np.array(grid) / 100
+    counts = [count_labels(true, predict_labels(probs, t)) for t in grid]
+    counts = np.stack(counts, axis=1)  # (3, 91, C)
     total = counts.sum(2, keepdims=True)
     # To each label, which may have few, are added so many examples of an average one.
     smoothed = counts + smoothing / max(total[0, 0, 0], 1) * total
@@ -407,16 +412,12 @@ def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
     # One seen once becomes [UNK], which so learns an embedding.
     singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
     suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]
-    ngrams, fragments = Counter(), set()  # of 2 to 4 characters; parts mostly of a longer one
+    ngrams, frequent = Counter(), []  # of 2 to 4 characters
     for run in re.findall(f"{chinese}+", "\n".join(texts)):
         for n in (2, 3, 4):
             ngrams.update(run[start : start + n] for start in range(len(run) - n + 1))
-    for ngram, n in ngrams.items():
-        if n >= min_count:
-            fragments.update(p for p in (ngram[:-1], ngram[1:]) if ngrams[p] <= 1.2 * n)
-    frequent = []
-    for counts, left_out in ((words, characters), (ngrams, fragments)):
-        tokens = sorted(t for t, n in counts.items() if n >= min_count and t not in left_out)
+    for counts in (words, ngrams):
+        tokens = sorted(t for t, n in counts.items() if n >= min_count and t not in characters)
         frequent.append(sorted(tokens, key=counts.get, reverse=True)[:max_tokens])
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *suffixes, *frequent[0]]
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(vocab))})

@@ -12,7 +12,6 @@ run     python predict.py "a text" "another"      or set `texts`; or: echo text 
 set     text_column, label_columns, label_separator, quotes in data_preprocess.py; the rest here
 """
 
-import functools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -47,6 +47,7 @@ label2idx_path = "./data/label2idx.json"  # read only for a .pth of the article
 device = "cuda" if torch.cuda.is_available() else "cpu"
 max_len = None  # tokens; longer texts are truncated. None: as in training
 keep_tail = None  # tokens of a truncated text that are kept from its end. None: as in training
+windows = False  # True: longer texts are read whole, in parts of max_len tokens
 batch_size = 32  # texts, of short ones up to 8 times as many
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
@@ -111,7 +112,8 @@ def predict_file():
     while turn := list(islice(examples, world_size * chunk_size)):
         chunk = turn[rank * chunk_size :][:chunk_size]
         rows = []
-        for probs in iter_probs([text for _, text, *_ in chunk], model, tokenizer, label2idx, bar):
+        shown = [text for _, text, *_ in chunk]
+        for probs in iter_probs(shown, model, tokenizer, label2idx, bar.update):
             chosen = choose_labels(probs, thresholds)
             rows = [format_row(*items, names) for items in zip(chunk, probs, chosen)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -144,18 +146,22 @@ def format_row(example, probs, chosen, names):
     return {text_name: text} | others | row
 
 
-def iter_probs(texts, model, tokenizer, label2idx, bar=None):
+def iter_probs(texts, model, tokenizer, label2idx, update=lambda num_texts: None):
     """Yield the probabilities of chunk_size texts at a time, (B, C) float32, in order."""
     length, tail = get_truncation(model.bert.config)
     for start in range(0, len(texts), chunk_size):
         examples = [(None, text, (), None) for text in texts[start : start + chunk_size]]
-        dataset = MultiClsDataSet(None, length, None, tokenizer, label2idx, tail, examples)
+        dataset = MultiClsDataSet(None, length, None, tokenizer, label2idx, tail, examples, windows)
         dataloader = eval_dataloader(dataset, batch_size, device)  # sorted by length
-        probs = np.empty((len(examples), len(label2idx)), dtype=np.float32)
+        probs = np.empty((len(dataset), len(label2idx)), dtype=np.float32)
         for indices, (batch, _) in zip(dataloader.sampler, predict_batches(model, dataloader)):
             probs[indices] = batch.numpy()
-            if bar is not None:
-                bar.update(len(indices))
+            update(len(indices) * len(examples) // len(dataset))
+        if windows:  # of a text: the root mean square, weighted by their lengths
+            starts = np.searchsorted(dataset.text_of, range(len(examples)))
+            lengths = dataset.lengths.numpy().astype(np.float32)[:, None]
+            squares = np.add.reduceat(lengths * probs**2, starts) / np.add.reduceat(lengths, starts)
+            probs = np.sqrt(squares)
         yield probs
 
 
@@ -202,7 +208,7 @@ def get_model():
     return loaded
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def load_once(model_path, label2idx_path, device, dtype, times):
     """Return what get_model does; a new model has other times."""
     limit_threads()
@@ -215,20 +221,14 @@ def load_once(model_path, label2idx_path, device, dtype, times):
     return model.to(device), tokenizer, label2idx
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer in bf16 whose weight is laid out for oneDNN."""
-
-    def forward(self, states):
-        return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
-
-
 def pack_linears(bert):
-    """Pack the weights of a BERT on the CPU, which must not change any more."""
+    """Lay out the weights of a BERT in bf16 for oneDNN; they must not change any more."""
     for module in bert.encoder.modules():
         with suppress(AttributeError, RuntimeError):  # a PyTorch without oneDNN
             if type(module) is nn.Linear:
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
-                module.__class__ = PackedLinear
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+                fixed = dict(W=weight, B=module.bias, attr="none", scalars=[], algorithm="")
+                module.forward = partial(torch.ops.mkldnn._linear_pointwise, **fixed)
 
 
 def model_times():
@@ -288,12 +288,12 @@ def check_input(label2idx):
 
 def open_part(part_path, thresholds, config):
     """Return how many texts part_path has, in whole chunks; cut off what follows."""
-    names = "device precision min_labels max_labels all_probabilities chunk_size input_path".split()
+    names = "device precision windows min_labels max_labels all_probabilities chunk_size".split()
     settings = {k: str(globals()[k]) for k in names}
     for name in ("text_column", "label_columns", "label_separator", "quotes"):
         settings[name] = str(getattr(data_preprocess, name))
     status, settings["the model"] = os.stat(input_path), str(model_times())
-    settings["the input"] = f"{status.st_size} {status.st_mtime_ns}"
+    settings["the input"] = f"{input_path} {status.st_size} {status.st_mtime_ns}"
     settings["threshold"] = f"{threshold!s:.40} ({zlib.crc32(thresholds.tobytes()):08x})"
     settings["max_len, keep_tail"] = str(get_truncation(config))
     done = size = length = 0

@@ -33,10 +33,10 @@ def dataset(tmp_path, tokenizer):
     return MultiClsDataSet(path, max_len=16, tokenizer=tokenizer, label2idx=LABEL2IDX)
 
 
-def encode(tokenizer, texts, max_len=128, keep_tail=0):
-    """Return a dataset of texts without labels."""
-    examples = [("", text, (), {}) for text in texts]
-    return MultiClsDataSet(None, max_len, None, tokenizer, LABEL2IDX, keep_tail, examples)
+def encode(tokenizer, texts, max_len=128, **options):
+    """Return a dataset of texts with a label."""
+    options |= {"examples": [("", text, ["股市"], {}) for text in texts]}
+    return MultiClsDataSet(None, max_len, None, tokenizer, LABEL2IDX, **options)
 
 
 def tokens_of(dataset, row):
@@ -130,19 +130,29 @@ def test_tokens_are_those_of_the_tokenizer_however_many_texts_there_are(tokenize
         assert torch.equal(getattr(dataset, name), expected[name]), name
 
 
-@pytest.mark.parametrize("keep_tail, kept", [(0, "中超股市"), (1, "中超股分"), (4, "门球得分")])
-def test_of_a_longer_text_start_and_end_are_kept(tokenizer, keep_tail, kept):
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, ["中超股市"]),
+        ({"keep_tail": 1}, ["中超股分"]),
+        ({"keep_tail": 4}, ["门球得分"]),
+        ({"windows": True}, ["中超股市", "今日大门", "球得分"]),
+    ],
+)
+def test_of_a_longer_text_start_and_end_are_kept_or_all_in_windows(tokenizer, options, kept):
     text = "中超股市今日大门球得分"
-    for max_len, expected in ((6, kept), (13, text)):
-        dataset = encode(tokenizer, ["中", text], max_len, keep_tail)
-        assert tokens_of(dataset, 1) == ["[CLS]", *expected, "[SEP]"]
-        assert dataset.lengths.tolist() == [3, len(expected) + 2]
+    for max_len, expected in ((6, kept), (13, [text])):
+        dataset = encode(tokenizer, ["中", text, ""], max_len, **options)
+        parts = [tokens_of(dataset, row)[1:-1] for row in range(len(dataset))]
+        assert ["".join(part) for part in parts] == ["中", *expected, ""]
+        assert dataset.text_of.tolist() == [0, *[1] * len(expected), 2]
+        assert dataset.labels.tolist() == [[0, 0, 1, 0]] * len(parts)
 
 
 @pytest.mark.parametrize("start, end", [("中", "球门"), (" " * 1_000_000 + "中", "球门\n")])
 def test_the_end_of_a_text_of_10_mb_is_seen_without_tokenizing_it_whole(tokenizer, start, end):
     start_time = time.process_time()
-    dataset = encode(tokenizer, [start + "大" * 3_400_000 + end], 8, 2)
+    dataset = encode(tokenizer, [start + "大" * 3_400_000 + end], 8, keep_tail=2)
     assert tokens_of(dataset, 0) == ["[CLS]", *"中大大大球门", "[SEP]"]
     assert time.process_time() - start_time < 2
 

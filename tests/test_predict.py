@@ -237,6 +237,17 @@ def test_texts_are_cut_as_in_training_unless_the_constants_say_otherwise(trained
     np.testing.assert_allclose(*predict.predict_proba(ends), atol=1e-6)
 
 
+def test_with_windows_all_of_a_long_text_decides(trained, monkeypatch):
+    """By the root mean square of the probabilities of its parts, weighted by their tokens."""
+    parts, lengths = ["今" * 14, "日" * 14, "股市大涨"], np.array([[16], [16], [6]])
+    probs = predict.predict_proba(parts)
+    expected = np.sqrt((probs**2 * lengths).sum(0) / lengths.sum())
+    for chunk_size in (1, 4096):
+        set_constants(monkeypatch, windows=True, chunk_size=chunk_size)
+        found = predict.predict_proba([parts[2], "".join(parts), "", parts[0]])
+        np.testing.assert_allclose(found[[0, 1, 3]], [probs[2], expected, probs[0]], atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_folder_of_transformers_is_truncated_as_it_says(trained, monkeypatch, side):
     """Its model was trained with max_length = 6, on the ends of long texts or their beginnings."""
