@@ -55,7 +55,7 @@ class BertMultiLabelCls(nn.Module):
 def init_classifier(model, label_counts, num_texts, sums=None):
     """Set the last bias of fc to the log odds of the labels' shares; label_counts (C,).
 
-    From 0 a model first learns to predict nothing: Lin et al. 2017, arXiv 1708.02002, section 4.1.
+    From 0 a model first learns to predict nothing: Lin et al. 2017, arXiv 1708.02002, 4.1.
     sums: of sum_pooled, for a linear discriminant analysis (Hastie et al. 2009, section 4.3).
     """
     smallest = 1 / (num_texts + 1)  # keeps the odds finite
@@ -127,7 +127,7 @@ def load_pretrained(cls, name, fine_tuned=False):
 
 
 def load_network(cls, folder, config, state_dict=None):
-    """Return cls.from_pretrained of a folder, or of a state dict, in float32; all weights fit."""
+    """Return cls.from_pretrained of a folder or a state dict, in float32; all weights fit."""
     prefixes = r"^(?:(?:module|_orig_mod|model|bert_model|auto_model|transformer|0)\.)+"
     options = dict(config=config, state_dict=state_dict, key_mapping={prefixes: ""})
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32)

@@ -45,8 +45,8 @@ class MultiClsDataSet(Dataset):
     input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1. An item
     is (input_ids, attention_mask, token_type_ids, labels), of a list of indices a batch, padded to
     its own longest text. keep_tail: tokens kept from the end of a longer text. examples: of
-    read_examples, in place of a file. windows: a longer text is read whole, in several items, of
-    which text_of, (N,), has the text. Raises InputError naming the line of an invalid example.
+    read_examples, in place of a file. windows: a longer text becomes several items; text_of, (N,),
+    has the text of each. Raises InputError naming the line of an invalid example.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MultiClsDataSet(Dataset):
         return input_ids, token_type_ids, attention_mask, labels
 
     def encode(self, examples, windows):
-        """Set ids, of all items end to end; lengths, offsets, text_of (N,); labels of the texts."""
+        """Set ids, of all items end to end; lengths, offsets, text_of; label_matrix, sparse."""
         ids, lengths, columns, row_ends = array("i"), array("q"), array("i"), array("q", [0])
         mask = self.tokenizer("a", return_special_tokens_mask=True).special_tokens_mask
         first, last = (m.index(0) if 0 in m else 1 for m in (mask, mask[::-1]))  # [CLS], [SEP]
@@ -412,12 +412,14 @@ def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
     # One seen once becomes [UNK], which so learns an embedding.
     singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
     suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]
-    ngrams, frequent = Counter(), []  # of 2 to 4 characters
+    ngrams, frequent = Counter(), []  # of 2 to 4 characters, no parts mostly of a longer one
     for run in re.findall(f"{chinese}+", "\n".join(texts)):
         for n in (2, 3, 4):
             ngrams.update(run[start : start + n] for start in range(len(run) - n + 1))
+    parts = ((p, n) for x, n in ngrams.items() if n >= min_count for p in (x[:-1], x[1:]))
+    left_out = {*characters, *(part for part, n in parts if ngrams[part] <= 1.2 * n)}
     for counts in (words, ngrams):
-        tokens = sorted(t for t, n in counts.items() if n >= min_count and t not in characters)
+        tokens = sorted(t for t, n in counts.items() if n >= min_count and t not in left_out)
         frequent.append(sorted(tokens, key=counts.get, reverse=True)[:max_tokens])
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *singles, *suffixes, *frequent[0]]
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(vocab))})

@@ -46,8 +46,8 @@ save_model_path = "./model/multi_label_cls.pth"  # or its folder
 label2idx_path = "./data/label2idx.json"  # read only for a .pth of the article
 device = "cuda" if torch.cuda.is_available() else "cpu"
 max_len = None  # tokens; longer texts are truncated. None: as in training
-keep_tail = None  # tokens of a truncated text that are kept from its end. None: as in training
-windows = False  # True: longer texts are read whole, in parts of max_len tokens
+keep_tail = None  # of these tokens from the end of a longer text. None: as in training
+windows = False  # True: reads longer texts whole, in parts of max_len tokens
 batch_size = 32  # texts, of short ones up to 8 times as many
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
@@ -55,7 +55,7 @@ threshold = 0.5  # or "single" or "by_label", tuned on dev; {"billing": 0.3}: th
 min_labels = 0  # at least so many labels per text, the most probable ones
 max_labels = None  # at most so many; None for no limit
 all_probabilities = False  # True: a file gets the probabilities of all labels
-chunk_size = 4096  # texts tokenized, sorted by length and written at a time
+chunk_size = 4096  # texts sorted by length and written at a time
 
 load_lock = threading.Lock()
 texts = ["中超-德尔加多扳平郭田雨绝杀 泰山2-1逆转亚泰", "今日沪深两市指数整体呈现震荡调整格局"]
@@ -107,12 +107,11 @@ def predict_file():
     part_path = f"{output_path}.part"
     done = broadcast_object(lambda: open_part(part_path, thresholds, model.bert.config))
     examples = islice(read_examples(input_path), done, num_texts)
-    hidden = None if rank == 0 else True  # None: shown in a terminal alone
+    hidden = None if rank == 0 else True  # None: in a terminal
     bar = tqdm(total=num_texts // world_size, initial=done // world_size, disable=hidden)
     while turn := list(islice(examples, world_size * chunk_size)):
         chunk = turn[rank * chunk_size :][:chunk_size]
-        rows = []
-        shown = [text for _, text, *_ in chunk]
+        rows, shown = [], [text for _, text, *_ in chunk]
         for probs in iter_probs(shown, model, tokenizer, label2idx, bar.update):
             chosen = choose_labels(probs, thresholds)
             rows = [format_row(*items, names) for items in zip(chunk, probs, chosen)]
@@ -160,8 +159,8 @@ def iter_probs(texts, model, tokenizer, label2idx, update=lambda num_texts: None
         if windows:  # of a text: the root mean square, weighted by their lengths
             starts = np.searchsorted(dataset.text_of, range(len(examples)))
             lengths = dataset.lengths.numpy().astype(np.float32)[:, None]
-            squares = np.add.reduceat(lengths * probs**2, starts) / np.add.reduceat(lengths, starts)
-            probs = np.sqrt(squares)
+            totals = np.add.reduceat(lengths, starts)
+            probs = np.sqrt(np.add.reduceat(lengths * probs**2, starts) / totals)
         yield probs
 
 
@@ -198,7 +197,7 @@ def get_thresholds(config, names):
 def get_model():
     """Return (model, tokenizer, label2idx), loaded once, and again after a training."""
     dtype = choose_dtype(precision, device)
-    with load_lock:  # of many threads one loads it, the others wait
+    with load_lock:  # of many threads one loads it
         loaded = load_once(save_model_path, label2idx_path, device, dtype, model_times())
     check_truncation(*get_truncation(loaded[0].bert.config), loaded[0].bert.config)
     for name, minimum in (("batch_size", 1), ("chunk_size", 1), ("min_labels", 0)):

@@ -47,26 +47,26 @@ label2idx_path = "./data/label2idx.json"
 save_model_path = "./model/multi_label_cls.pth"  # all else is written to its folder
 errors_name = "errors.jsonl"  # misclassified texts of dev and test; or "errors.csv"
 device = "cuda" if torch.cuda.is_available() else "cpu"
-precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a GPU "fp16"
+precision = "auto"  # the fastest of the device; "bf16", "fp32", on a GPU "fp16"
 
-# "auto": chosen by data and encoder, and printed; a number is used as it is.
+# "auto": chosen by data and encoder, and printed.
 lr = "auto"  # peak learning rate; 2e-5 at base size, 8e-5 at 384, from scratch 2.5e-4
 head_lr_factor = 10  # pooler and classifier learn so many times as fast; not from scratch
 epochs = "auto"  # 10, from scratch 12; on little data more, for 650 steps
 batch_size = "auto"  # texts per process; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
-keep_tail = 0  # tokens of a truncated text that are kept from its end
+keep_tail = 0  # of these tokens from the end of a longer text
 dropout = 0.1  # before the classifier
 loss_name = "bce"  # the article's BCELoss; "focal" helps rare labels; see `losses`
 warmup_ratio = 0.1  # share of the steps with a rising learning rate; then linear decay to 0
-max_grad_norm = 1.0  # gradient clipping; 0 to disable
-weight_decay = 0.01  # not applied to biases and LayerNorm
+max_grad_norm = 1.0  # gradient clipping; 0: none
+weight_decay = 0.01  # not of biases and LayerNorm
 seed = 42
 best_metric = "accuracy"  # on dev: "accuracy", "micro_f1", "macro_f1", "samples_f1" or "loss"
-patience = 0  # stop after this many epochs without improvement; 0 to disable
-log_steps = 100  # batches from one line with loss and accuracy to the next
-checkpoint_minutes = 10  # from checkpoint to checkpoint; one more after every epoch
+patience = 0  # stop after this many epochs without improvement; 0: never
+log_steps = 100  # batches from one line of loss and accuracy to the next
+checkpoint_minutes = 10  # between checkpoints; one more after every epoch
 resume = True  # continue an interrupted run; False starts over
 
 
@@ -106,7 +106,7 @@ def train():
     log_setup(model, dtype, train_dataset)
     log("plan", epochs=num_epochs, batch_size=size, steps=num_steps, lr=f"{encoder_lr:g}")
 
-    # An interrupted run goes on; a new one starts at epoch 0, batch 0.
+    # An interrupted run goes on.
     config = get_run_config(bert, dtype, train_dataset)
     checkpoint = Checkpoint(config, model, optimizer, scheduler, scaler)
     start_epoch, start_batch, train_loss, history = checkpoint.restore(rank)
@@ -125,7 +125,7 @@ def train():
                 torch.manual_seed(hash((seed, step, rank)))  # as in a resumed run
                 *inputs, labels = (tensor.to(device) for tensor in batch)
                 sync_gradients = (i + 1) % accumulation_steps == 0 or i + 1 == num_batches
-                network.require_backward_grad_sync = sync_gradients  # DDP: once per optimizer step
+                network.require_backward_grad_sync = sync_gradients  # DDP: once a step
                 with autocast(device, dtype):
                     probs = network(*inputs)
                 loss = criterion(probs.nan_to_num(), labels)  # BCELoss cannot take NaN
@@ -161,7 +161,7 @@ def train():
 
     report(history, checkpoint)
     if rank == 0:
-        os.remove(checkpoint.path)  # last: a kill before it leaves a run that can go on
+        os.remove(checkpoint.path)  # last: until then the run can go on
 
 
 def get_acc_score(y_true_tensor, y_pred_tensor):
