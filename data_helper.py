@@ -33,7 +33,7 @@ from data_preprocess import InputError, atomic_write, get_world_size, is_main_pr
 from data_preprocess import read_examples, run_script
 
 
-# The small BERT that train.py trains from scratch if bert-base-chinese is missing.
+# The small BERT that train.py trains if bert-base-chinese is missing.
 scratch_config = dict(num_hidden_layers=1, hidden_size=512, num_attention_heads=64) | dict(
     intermediate_size=512, attention_probs_dropout_prob=0.65
 )
@@ -45,8 +45,8 @@ class MultiClsDataSet(Dataset):
     input_ids, token_type_ids, attention_mask: (N, T) int64; labels: (N, C) float32, 0 or 1. An item
     is (input_ids, attention_mask, token_type_ids, labels), of a list of indices a batch, padded to
     its own longest text. keep_tail: tokens kept from the end of a longer text. examples: of
-    read_examples, in place of a file. windows: a longer text becomes several items; text_of, (N,),
-    has the text of each. Raises InputError naming the line of an invalid example.
+    read_examples, in place of a file. windows: of a longer text all is read, in several items;
+    text_of (N,): the index of each item's text. InputError names the line of a bad example.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class MultiClsDataSet(Dataset):
         name = bert_multilabel_cls.pretrained_model
         self.tokenizer = tokenizer or load_pretrained(BertTokenizer, name)
         self.class_num, self.max_len, self.keep_tail = len(self.label2idx), max_len, keep_tail
-        self.encode(examples or read_examples(data_path, needs_labels=True), windows)
+        examples = read_examples(data_path, needs_labels=True) if examples is None else examples
+        self.encode(examples, windows)
 
     input_ids = property(lambda self: self[:][0])
     attention_mask = property(lambda self: self[:][1])
@@ -80,11 +81,11 @@ class MultiClsDataSet(Dataset):
         return input_ids, token_type_ids, attention_mask, labels
 
     def encode(self, examples, windows):
-        """Set ids, of all items end to end; lengths, offsets, text_of; label_matrix, sparse."""
+        """Set ids, of all items end to end; lengths, offsets, text_of (N,); the texts' labels."""
         ids, lengths, columns, row_ends = array("i"), array("q"), array("i"), array("q", [0])
         mask = self.tokenizer("a", return_special_tokens_mask=True).special_tokens_mask
-        first, last = (m.index(0) if 0 in m else 1 for m in (mask, mask[::-1]))  # [CLS], [SEP]
-        size, head = self.max_len - first - last, self.max_len - last - self.keep_tail
+        first, last = (m.index(0) if 0 in m else 1 for m in (mask, mask[::-1]))  # as [CLS], [SEP]
+        size, tail = self.max_len - first - last, self.keep_tail + last
         examples, most, num_items = iter(examples), 1000 * self.max_len, []  # characters
         while chunk := list(islice(examples, 256)):
             for location, _, labels, _ in chunk:
@@ -93,14 +94,15 @@ class MultiClsDataSet(Dataset):
                 columns.extend(sorted({self.label2idx[name] for name in labels}))
                 row_ends.append(len(columns))
             texts = [text.strip() for _, text, *_ in chunk]
-            texts = [text[:most] + text[most:][-most:] for text in texts]
+            if not windows:
+                texts = [text[:most] + text[most:][-most:] for text in texts]
             for text_ids in self.tokenizer(texts, verbose=False, truncation=False).input_ids:
                 items, end = [text_ids], len(text_ids) - last
-                if end - first > size and windows:
+                if len(text_ids) > self.max_len and windows:
                     parts = [text_ids[i : min(i + size, end)] for i in range(first, end, size)]
                     items = [text_ids[:first] + part + text_ids[end:] for part in parts]
-                elif end - first > size:  # Sun et al. 2019, arXiv 1905.05583, 5.3.1
-                    items = [text_ids[:head] + text_ids[end - self.keep_tail :]]
+                elif len(text_ids) > self.max_len:  # Sun et al. 2019, arXiv 1905.05583, 5.3.1
+                    items = [text_ids[: self.max_len - tail] + text_ids[end - self.keep_tail :]]
                 ids.extend(chain(*items))
                 lengths.extend(map(len, items))
                 num_items.append(len(items))
@@ -166,7 +168,7 @@ def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
     order, batches = dataset.lengths.argsort(descending=True, stable=True), []
     num_tokens = batch_size * min(dataset.max_len, 128)
     while len(order):  # the longest first: out of memory at once, or never
-        longest = max(int(dataset.lengths[order[0]]), dataset.class_num // 8)
+        longest = max(int(dataset.lengths[order[0]]), dataset.class_num // 8, 1)
         size = min(max(num_tokens // longest, batch_size), 8 * batch_size)
         batches.append(order[:size].tolist())
         order = order[size:]
@@ -260,8 +262,7 @@ def metrics_report(predictions, names, thresholds):
 def tune_thresholds(predictions, names, smoothing=40):
     """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie nearest to 0.5."""
     true, probs, *_ = predictions
-    grid = sorted(range(5, 96), key=lambda percent: abs(percent - 50))
-    grid = np.array(grid) / 100
+    grid = np.array(sorted(range(5, 96), key=lambda percent: abs(percent - 50))) / 100
     counts = [count_labels(true, predict_labels(probs, t)) for t in grid]
     counts = np.stack(counts, axis=1)  # (3, 91, C)
     total = counts.sum(2, keepdims=True)
@@ -393,7 +394,7 @@ def build_scratch_encoder(examples, seed=0):
         token_ids = tokenizer(texts, add_special_tokens=False).input_ids
         token_ids = token_ids[:: 1 + sum(map(len, token_ids)) // 500_000]
         init_embeddings_ppmi(bert.embeddings.word_embeddings.weight, token_ids)
-        # So [CLS] starts as the average of the tokens; random matrices pass on nothing.
+        # [CLS] starts as the average of the tokens; random matrices pass on nothing.
         for name, module in bert.named_modules():
             if name.endswith(("attention.self.value", "attention.output.dense", "pooler.dense")):
                 module.weight += torch.eye(len(module.weight))
@@ -412,7 +413,7 @@ def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
     # One seen once becomes [UNK], which so learns an embedding.
     singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
     suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]
-    ngrams, frequent = Counter(), []  # of 2 to 4 characters, no parts mostly of a longer one
+    ngrams, frequent = Counter(), []  # of 2 to 4 characters; none mostly in a longer one
     for run in re.findall(f"{chinese}+", "\n".join(texts)):
         for n in (2, 3, 4):
             ngrams.update(run[start : start + n] for start in range(len(run) - n + 1))
@@ -430,8 +431,8 @@ def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
 def init_embeddings_ppmi(embeddings, token_ids):
     """Start the embeddings (V, H) from what tokens share a text, in lists of ids.
 
-    Positive pointwise mutual information and a singular value decomposition (Levy and Goldberg
-    2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2).
+    Positive pointwise mutual information and an SVD (Levy and Goldberg 2014, "Neural Word
+    Embedding as Implicit Matrix Factorization", section 4.2).
     """
     size, hidden_size = embeddings.shape
     rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])

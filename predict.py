@@ -4,7 +4,7 @@ reads   ./model/           written by `python train.py`
         input_path         if set, a file of texts of any size
 writes  output_path        a line for each text, such as {"text": "...", "label": ["A"],
                            "probability": {"A": 0.98}}, or a .csv or .tsv file of the same
-        output_path.part   until it is complete: from where an interrupted run goes on
+        output_path.part   until it is complete, for an interrupted run
 run     python predict.py "a text" "another"      or set `texts`; or: echo text | python predict.py
         python predict.py new.csv                 writes new_labelled.csv
         torchrun --nproc_per_node=4 predict.py    input_path on 4 GPUs, with the same output
@@ -46,8 +46,8 @@ save_model_path = "./model/multi_label_cls.pth"  # or its folder
 label2idx_path = "./data/label2idx.json"  # read only for a .pth of the article
 device = "cuda" if torch.cuda.is_available() else "cpu"
 max_len = None  # tokens; longer texts are truncated. None: as in training
-keep_tail = None  # of these tokens from the end of a longer text. None: as in training
-windows = False  # True: reads longer texts whole, in parts of max_len tokens
+keep_tail = None  # of them from the end of a longer text. None: as in training
+windows = False  # True: all of a longer text is read, in parts of max_len tokens
 batch_size = 32  # texts, of short ones up to 8 times as many
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
@@ -107,12 +107,12 @@ def predict_file():
     part_path = f"{output_path}.part"
     done = broadcast_object(lambda: open_part(part_path, thresholds, model.bert.config))
     examples = islice(read_examples(input_path), done, num_texts)
-    hidden = None if rank == 0 else True  # None: in a terminal
+    hidden = None if rank == 0 else True  # None: shown in a terminal
     bar = tqdm(total=num_texts // world_size, initial=done // world_size, disable=hidden)
     while turn := list(islice(examples, world_size * chunk_size)):
         chunk = turn[rank * chunk_size :][:chunk_size]
-        rows, shown = [], [text for _, text, *_ in chunk]
-        for probs in iter_probs(shown, model, tokenizer, label2idx, bar.update):
+        rows, chunk_texts = [], [text for _, text, *_ in chunk]
+        for probs in iter_probs(chunk_texts, model, tokenizer, label2idx, bar.update):
             chosen = choose_labels(probs, thresholds)
             rows = [format_row(*items, names) for items in zip(chunk, probs, chosen)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -152,16 +152,16 @@ def iter_probs(texts, model, tokenizer, label2idx, update=lambda num_texts: None
         examples = [(None, text, (), None) for text in texts[start : start + chunk_size]]
         dataset = MultiClsDataSet(None, length, None, tokenizer, label2idx, tail, examples, windows)
         dataloader = eval_dataloader(dataset, batch_size, device)  # sorted by length
-        probs = np.empty((len(dataset), len(label2idx)), dtype=np.float32)
+        probs = np.zeros((len(examples), len(label2idx)), dtype=np.float32)
+        lengths, text_of = dataset.lengths.numpy().clip(1), dataset.text_of
+        weights = lengths / np.bincount(text_of, lengths)[text_of]  # of windows
         for indices, (batch, _) in zip(dataloader.sampler, predict_batches(model, dataloader)):
-            probs[indices] = batch.numpy()
-            update(len(indices) * len(examples) // len(dataset))
-        if windows:  # of a text: the root mean square, weighted by their lengths
-            starts = np.searchsorted(dataset.text_of, range(len(examples)))
-            lengths = dataset.lengths.numpy().astype(np.float32)[:, None]
-            totals = np.add.reduceat(lengths, starts)
-            probs = np.sqrt(np.add.reduceat(lengths * probs**2, starts) / totals)
-        yield probs
+            if windows:
+                np.add.at(probs, text_of[indices], weights[indices, None] * batch.numpy() ** 2)
+            else:
+                probs[indices] = batch.numpy()
+            update(np.diff(text_of, prepend=-1)[indices].sum())  # texts that begin here
+        yield np.sqrt(probs) if windows else probs  # of windows the root mean square
 
 
 def get_truncation(config):
@@ -335,12 +335,11 @@ def finish_output(part_path, label2idx):
         rows = (row[key] for row in read_rows() if "true" in row)
         known = ([name for name in row if name in label2idx] for row in rows)
         matrices.append(csr_matrix(binarizer.fit_transform(known), dtype=bool))
-    true, predicted = matrices
     os.remove(part_path)
-    if true.shape[0]:
-        by_label = per_label_metrics(true, predicted, list(label2idx))
+    if matrices[0].shape[0]:
+        by_label = per_label_metrics(*matrices, list(label2idx))
         log_label_metrics(by_label, f"see `true` in {output_path}")
-        scores = {k: f"{v:.3f}" for k, v in compute_metrics(true, predicted).items()}
+        scores = {k: f"{v:.3f}" for k, v in compute_metrics(*matrices).items()}
         log("scores", threshold=f"{threshold!s:.40}", **scores)
 
 

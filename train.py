@@ -47,7 +47,7 @@ label2idx_path = "./data/label2idx.json"
 save_model_path = "./model/multi_label_cls.pth"  # all else is written to its folder
 errors_name = "errors.jsonl"  # misclassified texts of dev and test; or "errors.csv"
 device = "cuda" if torch.cuda.is_available() else "cpu"
-precision = "auto"  # the fastest of the device; "bf16", "fp32", on a GPU "fp16"
+precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a GPU "fp16"
 
 # "auto": chosen by data and encoder, and printed.
 lr = "auto"  # peak learning rate; 2e-5 at base size, 8e-5 at 384, from scratch 2.5e-4
@@ -56,18 +56,18 @@ epochs = "auto"  # 10, from scratch 12; on little data more, for 650 steps
 batch_size = "auto"  # texts per process; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
-keep_tail = 0  # of these tokens from the end of a longer text
+keep_tail = 0  # of them from the end of a longer text
 dropout = 0.1  # before the classifier
 loss_name = "bce"  # the article's BCELoss; "focal" helps rare labels; see `losses`
 warmup_ratio = 0.1  # share of the steps with a rising learning rate; then linear decay to 0
 max_grad_norm = 1.0  # gradient clipping; 0: none
-weight_decay = 0.01  # not of biases and LayerNorm
+weight_decay = 0.01  # not for biases and LayerNorm
 seed = 42
 best_metric = "accuracy"  # on dev: "accuracy", "micro_f1", "macro_f1", "samples_f1" or "loss"
 patience = 0  # stop after this many epochs without improvement; 0: never
 log_steps = 100  # batches from one line of loss and accuracy to the next
-checkpoint_minutes = 10  # between checkpoints; one more after every epoch
-resume = True  # continue an interrupted run; False starts over
+checkpoint_minutes = 10  # between checkpoints; one more after each epoch
+resume = True  # False starts an interrupted run over
 
 
 @only_process(lambda: folder_path("train.lock"), "trains into this folder")
@@ -141,7 +141,7 @@ def train():
                     scheduler.step()
                     optimizer.zero_grad()
                     checkpoint.save_if_due(signals, epoch, i + 1, train_loss, history)
-            if not history:  # first: save_model below may replace the encoder of this run
+            if not history:  # save_model may replace the encoder of this run
                 checkpoint.save(signals, epoch, num_batches, train_loss, history)
 
             # Evaluate on dev; keep the best epoch.
