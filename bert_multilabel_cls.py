@@ -25,7 +25,7 @@ from data_preprocess import InputError, dump_json, load_json, log
 default_model = "bert-base-chinese"  # if missing, a small BERT is trained instead
 pretrained_model = default_model  # any BERT: a Hugging Face id, or a local folder
 result_files = ("metrics.json", "history.jsonl", "errors.jsonl", "errors.csv")
-log_once = cache(log)  # what every save would say
+log_once = cache(log)  # for what each save would say
 
 
 class BertMultiLabelCls(nn.Module):
@@ -137,7 +137,7 @@ def load_network(cls, folder, config, state_dict=None):
         info["missing_keys"] = ()
         log("note", f"{folder} has no pooler; a new one is trained")
     weights, embeddings = network.state_dict(), network.get_input_embeddings().weight
-    problems = {  # others are of heads, such as cls.predictions.bias
+    problems = {  # other unexpected keys are of heads, as cls.predictions.bias
         "missing": info["missing_keys"],
         "unknown": [k for k in info["unexpected_keys"] if re.search(r"embeddings\.|layer\.", k)],
         "of another shape": [f"{k} {[*a]}, not {[*b]}" for k, a, b in info["mismatched_keys"]],

@@ -176,7 +176,7 @@ def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
 
 
 # Sparse (N, C): true labels, bool, and the probs of these and of all above 0.05, float32; and
-# sums, {metric: sum over the texts}: what scores, thresholds and errors need.
+# sums, {metric: sum over the texts}: for scores, thresholds and errors.
 Predictions = namedtuple("Predictions", "true probs sums")
 
 
@@ -263,9 +263,8 @@ def tune_thresholds(predictions, names, smoothing=40):
     """Return {"single": t, "by_label": {name: t}} with the best F1, at a tie nearest to 0.5."""
     true, probs, *_ = predictions
     grid = np.array(sorted(range(5, 96), key=lambda percent: abs(percent - 50))) / 100
-    counts = [count_labels(true, predict_labels(probs, t)) for t in grid]
-    counts = np.stack(counts, axis=1)  # (3, 91, C)
-    total = counts.sum(2, keepdims=True)
+    counts = np.stack([count_labels(true, predict_labels(probs, t)) for t in grid], axis=1)
+    total = counts.sum(2, keepdims=True)  # counts: (3, 91, C)
     # To each label, which may have few, are added so many examples of an average one.
     smoothed = counts + smoothing / max(total[0, 0, 0], 1) * total
     single, by_label = (grid[f1_score(*c).argmax(0)].tolist() for c in (total, smoothed))

@@ -46,14 +46,14 @@ save_model_path = "./model/multi_label_cls.pth"  # or its folder
 label2idx_path = "./data/label2idx.json"  # read only for a .pth of the article
 device = "cuda" if torch.cuda.is_available() else "cpu"
 max_len = None  # tokens; longer texts are truncated. None: as in training
-keep_tail = None  # of them from the end of a longer text. None: as in training
+keep_tail = None  # how many of them are from the end of a longer text. None: as in training
 windows = False  # True: all of a longer text is read, in parts of max_len tokens
 batch_size = 32  # texts, of short ones up to 8 times as many
 precision = "auto"  # of the weights; "fp32" for exact probabilities
 
 threshold = 0.5  # or "single" or "by_label", tuned on dev; {"billing": 0.3}: the others at 0.5
 min_labels = 0  # at least so many labels per text, the most probable ones
-max_labels = None  # at most so many; None for no limit
+max_labels = None  # at most so many; None: any
 all_probabilities = False  # True: a file gets the probabilities of all labels
 chunk_size = 4096  # texts sorted by length and written at a time
 
@@ -155,12 +155,13 @@ def iter_probs(texts, model, tokenizer, label2idx, update=lambda num_texts: None
         probs = np.zeros((len(examples), len(label2idx)), dtype=np.float32)
         lengths, text_of = dataset.lengths.numpy().clip(1), dataset.text_of
         weights = lengths / np.bincount(text_of, lengths)[text_of]  # of windows
+        is_first = np.diff(text_of, prepend=-1)  # where a text begins
         for indices, (batch, _) in zip(dataloader.sampler, predict_batches(model, dataloader)):
             if windows:
                 np.add.at(probs, text_of[indices], weights[indices, None] * batch.numpy() ** 2)
             else:
                 probs[indices] = batch.numpy()
-            update(np.diff(text_of, prepend=-1)[indices].sum())  # texts that begin here
+            update(is_first[indices].sum())
         yield np.sqrt(probs) if windows else probs  # of windows the root mean square
 
 

@@ -49,14 +49,14 @@ errors_name = "errors.jsonl"  # misclassified texts of dev and test; or "errors.
 device = "cuda" if torch.cuda.is_available() else "cpu"
 precision = "auto"  # the fastest that the device supports; "bf16", "fp32", on a GPU "fp16"
 
-# "auto": chosen by data and encoder, and printed.
+# "auto": chosen by data and encoder, and printed; else a number.
 lr = "auto"  # peak learning rate; 2e-5 at base size, 8e-5 at 384, from scratch 2.5e-4
 head_lr_factor = 10  # pooler and classifier learn so many times as fast; not from scratch
 epochs = "auto"  # 10, from scratch 12; on little data more, for 650 steps
 batch_size = "auto"  # texts per process; if memory runs out halve it, double the next
 accumulation_steps = 1  # batches per optimizer step
 max_len = 128  # tokens; longer texts are truncated
-keep_tail = 0  # of them from the end of a longer text
+keep_tail = 0  # how many of them are from the end of a longer text
 dropout = 0.1  # before the classifier
 loss_name = "bce"  # the article's BCELoss; "focal" helps rare labels; see `losses`
 warmup_ratio = 0.1  # share of the steps with a rising learning rate; then linear decay to 0
@@ -83,7 +83,7 @@ def train():
     torch.manual_seed(seed)  # also for a pooler the encoder lacks
     bert, tokenizer = load_encoder()
 
-    # Data: texts of similar length share a batch.
+    # Data.
     options = {"tokenizer": tokenizer, "label2idx": label2idx, "keep_tail": keep_tail}
     train_dataset = MultiClsDataSet(train_path, max_len, **options)
     dev_dataset = MultiClsDataSet(dev_path, max_len, **options)
@@ -141,7 +141,7 @@ def train():
                     scheduler.step()
                     optimizer.zero_grad()
                     checkpoint.save_if_due(signals, epoch, i + 1, train_loss, history)
-            if not history:  # save_model may replace the encoder of this run
+            if not history:  # before save_model, which may replace the encoder
                 checkpoint.save(signals, epoch, num_batches, train_loss, history)
 
             # Evaluate on dev; keep the best epoch.
@@ -202,7 +202,7 @@ def focal_loss(probs, labels):
     return ((probs - labels).abs() * nn.BCELoss(reduction="none")(probs, labels)).mean()
 
 
-# What training minimizes, of probs and labels (B, C); dev calls it on the CPU.
+# Minimized, of probs and labels (B, C); dev calls it on the CPU.
 losses = {"bce": nn.BCELoss(), "focal": focal_loss}
 
 
