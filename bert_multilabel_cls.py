@@ -14,7 +14,6 @@ import huggingface_hub
 import joblib
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 from transformers import BertTokenizer, PreTrainedTokenizerFast
@@ -248,8 +247,8 @@ def complete_save(folder):
     finished = Path(folder, "finished.tmp")
     new_names = os.listdir(finished) if finished.is_dir() else []
     if "saved.json" in new_names:  # the old one is still here: it is moved last but one
-        kept = {*load_json(finished / "saved.json")} - {"config.json", *result_files}
-        for name in (saved_names(folder) | {"config.json", *result_files}) - kept:
+        gone = saved_names(folder) - {*load_json(finished / "saved.json")}
+        for name in gone | {"config.json", *result_files}:
             Path(folder, name).unlink(missing_ok=True)
     for name in sorted(new_names, key=lambda name: (name == "config.json", name == "saved.json")):
         os.replace(finished / name, Path(folder, name))
@@ -312,7 +311,7 @@ def load_model(model_path, label2idx_path="./data/label2idx.json"):
     model = BertMultiLabelCls(None, len(label2idx), bert=bert)
     others = {k: t for k, t in weights.items() if not k.startswith("bert.")}
     with clear_errors(f"{pth_path}: does not fit a network for {len(label2idx)} labels"):
-        model.load_state_dict({f"bert.{k}": t for k, t in bert.state_dict().items()} | others)
+        model.load_state_dict(bert.state_dict(prefix="bert.") | others)
     return model.eval(), tokenizer, label2idx
 
 
@@ -442,7 +441,7 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
         context = attn.dropout(weights) @ value
     else:
         dropout_p = attn.dropout.p if layer.training else 0.0
-        context = F.scaled_dot_product_attention(*heads, attention_mask, dropout_p)
+        context = nn.functional.scaled_dot_product_attention(*heads, attention_mask, dropout_p)
     attended = layer.attention.output(context.transpose(1, 2).flatten(2), query_states)
     return layer.output(layer.intermediate(attended), attended)
 

@@ -32,7 +32,6 @@ from bert_multilabel_cls import pooler_output
 from data_preprocess import InputError, atomic_write, get_world_size, is_main_process, log
 from data_preprocess import read_examples, run_script
 
-
 # The small BERT that train.py trains if bert-base-chinese is missing.
 scratch_config = dict(num_hidden_layers=1, hidden_size=512, num_attention_heads=64) | dict(
     intermediate_size=512, attention_probs_dropout_prob=0.65
@@ -407,8 +406,8 @@ def scratch_tokenizer(texts, max_tokens=4000, min_count=8):
     backend, chinese = BertTokenizer().backend_tokenizer, "[\u3400-\u9fff]"
     normalized = map(backend.normalizer.normalize_str, texts)
     pieces = map(backend.pre_tokenizer.pre_tokenize_str, normalized)
-    words = Counter(word for text_pieces in pieces for word, _ in text_pieces)
-    characters = Counter(character for word in words.elements() for character in word)
+    words = Counter(word for word, _ in chain.from_iterable(pieces))
+    characters = Counter("".join(words.elements()))
     # One seen once becomes [UNK], which so learns an embedding.
     singles = sorted(c for c, n in characters.items() if n > 1) or sorted(characters)
     suffixes = [f"##{character}" for character in singles if not re.match(chinese, character)]

@@ -109,7 +109,7 @@ def note_odd_labels(files):
             log("note", f"probably one label, or an empty cell: {', '.join(same)}")
     for separator in (";", ",", "|", "/", "，", "；", "、", "：", ":", "+", "&", "#", "\n", " "):
         parts = {x: [*filter(None, map(str.strip, x.split(separator)))] for x in counts}
-        times = Counter(chain(*(set(p) for p in parts.values())))  # a label counts once
+        times = Counter(chain(*map(set, parts.values())))  # a label counts once
         enough = all if separator == " " else any  # names of two words are usual
         joined = [x for x in counts if len(parts[x]) > 1 and enough(times[p] > 1 for p in parts[x])]
         if joined:
@@ -297,10 +297,9 @@ def split_cell(location, cell):
     """Return the labels of a cell: names with label_separator between, or a list of Python."""
     names, is_literal = cell.split(label_separator), cell.startswith(("{", "[{", '["', "['", "('"))
     if is_literal or cell.startswith("[") and cell.endswith("]"):
-        try:
+        names = None if is_literal else names  # [BUG];[UI] are two names
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             names = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            names = None if is_literal else names  # [BUG];[UI] are two names
         joined = re.search(r"""['"]\s+['"]""", cell)  # as NumPy writes it
         if joined or not isinstance(names, list) or not all(isinstance(x, str) for x in names):
             remedy = f"write a{label_separator}b, or ['a', 'b']"

@@ -296,7 +296,7 @@ def open_part(part_path, thresholds, config):
     settings["the input"] = f"{input_path} {status.st_size} {status.st_mtime_ns}"
     settings["threshold"] = f"{threshold!s:.40} ({zlib.crc32(thresholds.tobytes()):08x})"
     settings["max_len, keep_tail"] = str(get_truncation(config))
-    done = size = length = 0
+    done = 0
     with open(part_path, "ab+") as file:
         file.seek(0)
         first = file.readline()
@@ -305,13 +305,12 @@ def open_part(part_path, thresholds, config):
         changed = [k for k in settings if old and old.get(k) != settings[k]]
         if changed:
             raise InputError(f"{part_path}: changed: {', '.join(changed)}; undo it, or delete this")
-        size = length = len(first) if old else 0
+        size = len(first) if old else 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"}\n") or b"\0" in line:  # by a kill, or by a power cut
                 break
-            length += len(line)
             if number % chunk_size == 0:
-                done, size = number, length
+                done, size = number, file.tell()
         file.truncate(size)
         file.write(b"" if old else json.dumps(settings).encode() + b"\n")
     if done:

@@ -24,7 +24,6 @@ import torch
 import torch.nn as nn
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import BertModel, BertTokenizer, get_linear_schedule_with_warmup
 
@@ -98,7 +97,7 @@ def train():
     model = BertMultiLabelCls(None, len(label2idx), dropout, bert).to(device)
     sums = sum_pooled(model, train_dataset, device, dtype)  # None for few labels
     init_classifier(model, train_dataset.label_counts, len(train_dataset), sums)
-    network = model if world_size == 1 else DistributedDataParallel(model)
+    network = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
     criterion = losses[loss_name]
     num_steps = num_epochs * steps_per_epoch
     optimizer, scheduler = create_optimizer(model, encoder_lr, head_lr, num_steps)
