@@ -162,13 +162,16 @@ class GroupedBatchSampler(Sampler):
         return len(self.batches[i][self.rank :: self.world_size]) * self.world_size / texts_in_step
 
 
-def eval_dataloader(dataset, batch_size, device="cpu", rank=0, world_size=1):
+def eval_dataloader(dataset, batch_size, rank=0, world_size=1):
     """Return a DataLoader by length; short texts make batches of up to 8 * batch_size."""
     order, batches = dataset.lengths.argsort(descending=True, stable=True), []
     num_tokens = batch_size * min(dataset.max_len, 128)
     while len(order):  # the longest first: out of memory at once, or never
-        longest = max(int(dataset.lengths[order[0]]), dataset.class_num // 8, 1)
-        size = min(max(num_tokens // longest, batch_size), 8 * batch_size)
+        longest = int(dataset.lengths[order[0]])
+        most = num_tokens // max(longest, dataset.class_num // 8, 1)
+        most = min(max(most, batch_size), 8 * batch_size)
+        num_similar = int((dataset.lengths[order[:most]] >= 0.9 * longest).sum())
+        size = max(num_similar, batch_size // 2, 1)  # others would be padded
         batches.append(order[:size].tolist())
         order = order[size:]
     return DataLoader(dataset, batch_size=None, sampler=batches[rank::world_size])
@@ -356,7 +359,7 @@ def sum_pooled(model, dataset, device, dtype):
     log("note", "many labels: the classifier starts from the texts of each")
     num_labels, size = model.fc.weight.shape
     sums = [torch.zeros(n, size, dtype=torch.float64) for n in (1, size, num_labels)]
-    for *inputs, labels in eval_dataloader(dataset, 32, device, *init_distributed(device)):
+    for *inputs, labels in eval_dataloader(dataset, 32, *init_distributed(device)):
         with autocast(device, dtype):
             inputs = (tensor.to(device) for tensor in inputs)
             pooled = pooler_output(model.eval().bert, *inputs).double().cpu()

@@ -151,7 +151,7 @@ def iter_probs(texts, model, tokenizer, label2idx, update=lambda num_texts: None
     for start in range(0, len(texts), chunk_size):
         examples = [(None, text, (), None) for text in texts[start : start + chunk_size]]
         dataset = MultiClsDataSet(None, length, None, tokenizer, label2idx, tail, examples, windows)
-        dataloader = eval_dataloader(dataset, batch_size, device)  # sorted by length
+        dataloader = eval_dataloader(dataset, batch_size)  # sorted by length
         probs = np.zeros((len(examples), len(label2idx)), dtype=np.float32)
         lengths, text_of = dataset.lengths.numpy().clip(1), dataset.text_of
         weights = lengths / np.bincount(text_of, lengths)[text_of]  # of windows

@@ -89,7 +89,7 @@ def train():
     num_epochs, size, encoder_lr, head_lr = plan(bert, len(train_dataset))
     sampler = GroupedBatchSampler(train_dataset, size, accumulation_steps, seed, rank, world_size)
     dataloader = DataLoader(train_dataset, batch_size=None, sampler=sampler)
-    dev_dataloader = eval_dataloader(dev_dataset, size, device, rank, world_size)
+    dev_dataloader = eval_dataloader(dev_dataset, size, rank, world_size)
     num_batches = len(sampler)  # per epoch
     steps_per_epoch = math.ceil(num_batches / accumulation_steps)  # of the optimizer
 
@@ -188,7 +188,7 @@ def test(model_path, test_data_path, return_report=False):
     model.to(device).bert.to(choose_dtype(precision, device))
     dataset = MultiClsDataSet(test_data_path, max_len, None, tokenizer, label2idx, keep_tail)
     size = 32 if batch_size == "auto" else batch_size
-    dataloader = eval_dataloader(dataset, size, device, rank, world_size)
+    dataloader = eval_dataloader(dataset, size, rank, world_size)
     _, acc, predictions = dev(model, dataloader, nn.BCELoss(), return_predictions=True)
     if not return_report:
         return acc

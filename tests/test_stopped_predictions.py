@@ -83,7 +83,7 @@ def test_a_file_killed_again_and_again_ends_as_if_it_had_not_been(reference):
     """Also where the last write is cut anywhere, or a power cut makes zeros of its end."""
     chance, done = random.Random(1), set()
     for _ in range(14):
-        code, out, err = finish(label(at_moment(number=chance.randint(1, 20), signal=9)))
+        code, out, err = finish(label(at_moment(number=chance.randint(1, 50), signal=9)))
         if OUTPUT.exists():  # at the end, or killed in its last steps
             assert OUTPUT.read_bytes() == reference[0]
             OUTPUT.unlink()
@@ -99,8 +99,8 @@ def test_a_file_killed_again_and_again_ends_as_if_it_had_not_been(reference):
 @pytest.mark.parametrize(
     "more, code, said",
     [
-        (at_moment(number=20, signal=15), 143, ""),
-        (at_moment(number=20, signal=2), 130, ""),
+        (at_moment(number=50, signal=15), 143, ""),
+        (at_moment(number=50, signal=2), 130, ""),
         (
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000,) * 2)",
             1,
@@ -127,7 +127,7 @@ def test_a_signal_or_a_full_disk_ends_it_and_the_next_run_goes_on(reference, mor
     ],
 )
 def test_what_would_mix_two_outputs_is_refused_by_name(reference, more, constants, named):
-    finish(label(at_moment(number=20, signal=9)))
+    finish(label(at_moment(number=50, signal=9)))
     shutil.copy2("in.json", "in2.json")
     before = PART.read_bytes()
     code, out, err = finish(label(more, **constants))
@@ -153,7 +153,7 @@ def test_the_second_prediction_into_one_output_is_refused_at_once(reference, mon
 
 
 def test_the_batches_and_the_processes_may_change(reference):
-    finish(label(at_moment(number=20, signal=9)))
+    finish(label(at_moment(number=50, signal=9)))
     code, out, err = finish(label(processes=3, batch_size=3))
     assert code == 0 and "\nresume " in out, err
     rows, expected = (output.splitlines() for output in (OUTPUT.read_bytes(), reference[0]))
