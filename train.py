@@ -71,7 +71,7 @@ resume = True  # False starts an interrupted run over
 
 @only_process(lambda: folder_path("train.lock"), "trains into this folder")
 def train():
-    """Train, keep the epoch that is best on dev, test it. Resumes an interrupted run."""
+    """Train, keep the last of the epochs best on dev, test it. Resumes an interrupted run."""
     check_constants()
     limit_threads()
     rank, world_size = init_distributed(device)
@@ -113,7 +113,7 @@ def train():
 
     with handle_signals() as signals:
         for epoch in range(start_epoch, num_epochs):
-            if patience and history and not any(row["saved"] for row in history[-patience:]):
+            if 0 < patience < epoch and history[-1]["best"] == history[-1 - patience]["best"]:
                 log("stop", f"no better {best_metric} in {patience} epochs")
                 break
             model.train()
@@ -143,13 +143,15 @@ def train():
             if not history:  # before save_model, which may replace the encoder
                 checkpoint.save(signals, epoch, num_batches, train_loss, history)
 
-            # Evaluate on dev; keep the best epoch.
+            # Evaluate on dev; keep the last epoch within a standard error (chance) of the best.
             dev_loss, _, predictions = dev(model, dev_dataloader, criterion, True)
             mean_loss = sum(all_gather_object(train_loss.item())) / world_size / steps_per_epoch
             metrics = compute_metrics(predictions.true, predict_labels(predictions.probs))
             row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss} | metrics
-            *old, new = ((r.get(best_metric, 0), -r["dev_loss"]) for r in (*history, row))
-            row["saved"] = all(score < new for score in old)  # at a tie by loss
+            value = metrics.get(best_metric, -dev_loss)
+            best = max([value, *(r["best"] for r in history)])
+            error = math.sqrt(max(best * (1 - best), 0) / len(dev_dataset))  # 0 for "loss"
+            row |= {"best": best, "saved": value >= best - error}
             history.append(row)
             log_epoch(log_scalars, row, (epoch + 1) * num_batches - 1)
             if row["saved"] and rank == 0:
@@ -399,7 +401,7 @@ def check_finite(value):
 
 def log_epoch(log_scalars, row, step):
     """Print and draw the scores of an epoch."""
-    scores = {k: v for k, v in row.items() if k not in ("epoch", "saved")}
+    scores = {k: v for k, v in row.items() if k not in ("epoch", "best", "saved")}
     shown = {k.removeprefix("train_"): f"{v:.3f}" for k, v in scores.items()}
     log("epoch", str(row["epoch"]), **shown)
     log_scalars({f"epoch/{k}": v for k, v in scores.items()}, step)
