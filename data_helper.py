@@ -163,7 +163,7 @@ class GroupedBatchSampler(Sampler):
 
 
 def eval_dataloader(dataset, batch_size, rank=0, world_size=1):
-    """Return a DataLoader by length; short texts make batches of up to 8 * batch_size."""
+    """Return a DataLoader of batches of like lengths, of batch_size / 2 to 8 * batch_size texts."""
     order, batches = dataset.lengths.argsort(descending=True, stable=True), []
     num_tokens = batch_size * min(dataset.max_len, 128)
     while len(order):  # the longest first: out of memory at once, or never
@@ -171,7 +171,7 @@ def eval_dataloader(dataset, batch_size, rank=0, world_size=1):
         most = num_tokens // max(longest, dataset.class_num // 8, 1)
         most = min(max(most, batch_size), 8 * batch_size)
         num_similar = int((dataset.lengths[order[:most]] >= 0.9 * longest).sum())
-        size = max(num_similar, batch_size // 2, 1)  # others would be padded
+        size = max(num_similar, batch_size // 2, 1)
         batches.append(order[:size].tolist())
         order = order[size:]
     return DataLoader(dataset, batch_size=None, sampler=batches[rank::world_size])

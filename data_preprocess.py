@@ -298,7 +298,7 @@ def split_cell(location, cell):
     names, is_literal = cell.split(label_separator), cell.startswith(("{", "[{", '["', "['", "('"))
     if is_literal or cell.startswith("[") and cell.endswith("]"):
         names = None if is_literal else names  # [BUG];[UI] are two names
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             names = ast.literal_eval(cell)
         joined = re.search(r"""['"]\s+['"]""", cell)  # as NumPy writes it
         if joined or not isinstance(names, list) or not all(isinstance(x, str) for x in names):

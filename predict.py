@@ -214,7 +214,7 @@ def load_once(model_path, label2idx_path, device, dtype, times):
     limit_threads()
     model, tokenizer, label2idx = load_model(model_path, label2idx_path)
     if Path(get_pth_path(model_path)).with_name("checkpoint.pth").exists():
-        log("note", f"{model_path}: of a run that is not finished, the best epoch so far")
+        log("note", f"{model_path}: of a run that is not finished")
     model.bert.to(dtype)
     if dtype == torch.bfloat16 and str(device) == "cpu":
         pack_linears(model.bert)

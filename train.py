@@ -2,7 +2,7 @@
 
 reads   ./data/train.json, dev.json, test.json   a line: {"text": "...", "label": ["...", ...]}
         ./data/label2idx.json                    written by `python data_preprocess.py`
-writes  ./model/                                 the best model, in Hugging Face format too
+writes  ./model/                                 the model, in Hugging Face format too
         ./model/metrics.json, history.jsonl, errors.jsonl   scores, epochs, misclassified texts
         ./model/previous/, checkpoint.pth, runs/   the model before; to resume; for TensorBoard
 run     python train.py
@@ -24,7 +24,6 @@ import torch
 import torch.nn as nn
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score
-from torch.utils.data import DataLoader
 from transformers import BertModel, BertTokenizer, get_linear_schedule_with_warmup
 
 import bert_multilabel_cls
@@ -71,7 +70,7 @@ resume = True  # False starts an interrupted run over
 
 @only_process(lambda: folder_path("train.lock"), "trains into this folder")
 def train():
-    """Train, keep the last of the epochs best on dev, test it. Resumes an interrupted run."""
+    """Train, keep the last epoch about as good as the best on dev, test it. Resumes a run."""
     check_constants()
     limit_threads()
     rank, world_size = init_distributed(device)
@@ -88,7 +87,7 @@ def train():
     dev_dataset = MultiClsDataSet(dev_path, max_len, **options)
     num_epochs, size, encoder_lr, head_lr = plan(bert, len(train_dataset))
     sampler = GroupedBatchSampler(train_dataset, size, accumulation_steps, seed, rank, world_size)
-    dataloader = DataLoader(train_dataset, batch_size=None, sampler=sampler)
+    dataloader = torch.utils.data.DataLoader(train_dataset, batch_size=None, sampler=sampler)
     dev_dataloader = eval_dataloader(dev_dataset, size, rank, world_size)
     num_batches = len(sampler)  # per epoch
     steps_per_epoch = math.ceil(num_batches / accumulation_steps)  # of the optimizer
@@ -113,7 +112,8 @@ def train():
 
     with handle_signals() as signals:
         for epoch in range(start_epoch, num_epochs):
-            if 0 < patience < epoch and history[-1]["best"] == history[-1 - patience]["best"]:
+            values = [row.get(best_metric) or -row["dev_loss"] for row in history]
+            if patience and values and len(values) - values.index(max(values)) > patience:
                 log("stop", f"no better {best_metric} in {patience} epochs")
                 break
             model.train()
@@ -148,10 +148,10 @@ def train():
             mean_loss = sum(all_gather_object(train_loss.item())) / world_size / steps_per_epoch
             metrics = compute_metrics(predictions.true, predict_labels(predictions.probs))
             row = {"epoch": epoch + 1, "train_loss": mean_loss, "dev_loss": dev_loss} | metrics
-            value = metrics.get(best_metric, -dev_loss)
-            best = max([value, *(r["best"] for r in history)])
-            error = math.sqrt(max(best * (1 - best), 0) / len(dev_dataset))  # 0 for "loss"
-            row |= {"best": best, "saved": value >= best - error}
+            values.append(metrics.get(best_metric) or -dev_loss)  # at 0 the loss decides
+            best = max(values)
+            error = math.sqrt(max(best * (1 - best), 0) / len(dev_dataset))
+            row["saved"] = values[-1] >= best - error
             history.append(row)
             log_epoch(log_scalars, row, (epoch + 1) * num_batches - 1)
             if row["saved"] and rank == 0:
@@ -401,7 +401,7 @@ def check_finite(value):
 
 def log_epoch(log_scalars, row, step):
     """Print and draw the scores of an epoch."""
-    scores = {k: v for k, v in row.items() if k not in ("epoch", "best", "saved")}
+    scores = {k: v for k, v in row.items() if k not in ("epoch", "saved")}
     shown = {k.removeprefix("train_"): f"{v:.3f}" for k, v in scores.items()}
     log("epoch", str(row["epoch"]), **shown)
     log_scalars({f"epoch/{k}": v for k, v in scores.items()}, step)
@@ -430,7 +430,7 @@ def open_writer(run_name, next_step):
 
 
 def report(history, checkpoint):
-    """Measure the best model on dev and test; write metrics.json and errors.jsonl."""
+    """Measure the saved model on dev and test; write metrics.json and errors.jsonl."""
     metrics, errors = {}, []
     for name, path in (("dev", dev_path), ("test", test_path)):
         metrics[name], file_errors = test(save_model_path, path, return_report=True)
