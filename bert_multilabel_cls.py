@@ -434,8 +434,8 @@ def bert_layer(layer, query_states, hidden_states, attention_mask):
     attn = layer.attention.self
     states = attn.query(query_states), attn.key(hidden_states), attn.value(hidden_states)
     heads = [x.unflatten(-1, (attn.num_attention_heads, -1)).transpose(1, 2) for x in states]
-    if layer.training and hidden_states.is_cpu:  # where PyTorch has no fused dropout
-        query, key, value = heads
+    if hidden_states.is_cpu and (layer.training or hidden_states.dtype == torch.bfloat16):
+        query, key, value = heads  # PyTorch's is slow here
         scores = (query * query.shape[-1] ** -0.5) @ key.mT
         weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1)
         context = attn.dropout(weights) @ value

@@ -70,7 +70,7 @@ resume = True  # False starts an interrupted run over
 
 @only_process(lambda: folder_path("train.lock"), "trains into this folder")
 def train():
-    """Train, keep the last epoch about as good as the best on dev, test it. Resumes a run."""
+    """Train, keep the last epoch about as good as the best, test it. Resumes a run."""
     check_constants()
     limit_threads()
     rank, world_size = init_distributed(device)
