@@ -163,7 +163,7 @@ class GroupedBatchSampler(Sampler):
 
 
 def eval_dataloader(dataset, batch_size, rank=0, world_size=1):
-    """Return a DataLoader: similar lengths, batch_size / 2 to 8 * batch_size texts a batch."""
+    """Return a DataLoader: similar lengths, batch_size / 2 to 8 * batch_size texts each."""
     order, batches = dataset.lengths.argsort(descending=True, stable=True), []
     num_tokens = batch_size * min(dataset.max_len, 128)
     while len(order):  # the longest first: out of memory at once, or never
